@@ -1,0 +1,3 @@
+module guildhall.dev/guildhall/hack/cluster
+
+go 1.26.0

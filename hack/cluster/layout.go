@@ -1,0 +1,132 @@
+package main
+
+import (
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+)
+
+const (
+	defaultRunFolder = "/var/lib/guildhall-cluster"
+
+	// runFolderEnv names the run folder, for users and for the daemon alike.
+	runFolderEnv = "GUILDHALL_CLUSTER_DIR"
+
+	// markerFile shows that a folder is a run folder, so that "down" never
+	// removes anything else, whatever the environment says.
+	markerFile = ".guildhall-cluster"
+)
+
+// Addresses and names of the one cluster that a machine can hold. Nothing
+// listens on an address that other machines can reach.
+const (
+	bridgeName    = "guildhall0"
+	clusterDomain = "cluster.local"
+	serviceCIDR   = "10.214.0.0/16"
+	kubernetesIP  = "10.214.0.1"
+	dnsIP         = "10.214.0.10"
+
+	apiServerPort  = 6443
+	etcdPort       = 12379 // not etcd's usual port, which a test control plane may hold
+	etcdPeerPort   = 12380
+	dnsPort        = 1053
+	dnsReadyPort   = 1054
+	pauseImage     = "docker.io/guildhall/pause:1"
+	storageClass   = "standard"
+	provisioner    = "guildhall.dev/local"
+	cgroupName     = "guildhall-cluster"
+	podsPerNode    = 200
+	runtimeHandler = "runc"
+)
+
+// A node is one machine of the cluster. There is one today, in the network of
+// the host; another would be one more value with an address, a pod range and a
+// folder of its own, run in a network namespace of its own.
+type node struct {
+	name    string
+	address netip.Prefix // of the pod bridge, which is also the node's address
+	dir     string
+}
+
+func (n node) ip() string           { return n.address.Addr().String() }
+func (n node) podCIDR() string      { return n.address.Masked().String() }
+func (n node) path(e string) string { return filepath.Join(n.dir, e) }
+
+func (n node) containerdSocket() string { return n.path("containerd.sock") }
+
+// A layout says where everything of a cluster lives.
+type layout struct {
+	dir string
+}
+
+func layoutFromEnvironment() (layout, error) {
+	dir := os.Getenv(runFolderEnv)
+	if dir == "" {
+		dir = defaultRunFolder
+	}
+	dir, err := filepath.Abs(dir)
+	return layout{dir: dir}, err
+}
+
+func (l layout) path(elements ...string) string {
+	return filepath.Join(append([]string{l.dir}, elements...)...)
+}
+
+func (l layout) kubeconfig() string             { return l.path("kubeconfig") }
+func (l layout) pki(name string) string         { return l.path("pki", name) }
+func (l layout) clientConfig(who string) string { return l.path("pki", who+".kubeconfig") }
+func (l layout) log(component string) string    { return l.path("logs", component+".log") }
+func (l layout) controlSocket() string          { return l.path("control.sock") }
+func (l layout) program() string                { return l.path("guildhall-cluster") }
+func (l layout) volumes() string                { return l.path("volumes") }
+
+// bin holds links to the cached binaries that this cluster runs, which may be
+// older than those that the working tree asks for now.
+func (l layout) bin(name string) string { return l.path("bin", name) }
+
+func (l layout) node() node {
+	return node{
+		name:    "node-1",
+		address: netip.MustParsePrefix("10.213.0.1/24"),
+		dir:     l.path("node-1"),
+	}
+}
+
+func (l layout) apiServerURL() string {
+	return fmt.Sprintf("https://%s:%d", l.node().ip(), apiServerPort)
+}
+
+func (l layout) exists() bool {
+	_, err := os.Stat(l.path(markerFile))
+	return err == nil
+}
+
+func (l layout) mark() error { return os.WriteFile(l.path(markerFile), nil, 0o644) }
+
+// create makes an empty run folder, and refuses one that holds something else.
+func (l layout) create() error {
+	// A Unix socket's path has room for 107 bytes, and the longest is below
+	// the node's folder.
+	if socket := l.node().path("containerd.sock.ttrpc"); len(socket) > 107 {
+		return fmt.Errorf("the run folder %s is too long a path: %s does not fit a Unix socket's address; set %s", l.dir, socket, runFolderEnv)
+	}
+	if entries, err := os.ReadDir(l.dir); err == nil && len(entries) > 0 && !l.exists() {
+		return fmt.Errorf("the run folder %s holds files that are not a cluster's; set %s to a folder of its own", l.dir, runFolderEnv)
+	}
+	// Pods run as other users and reach their volumes through this path.
+	if err := os.MkdirAll(l.dir, 0o755); err != nil {
+		return err
+	}
+	if err := l.mark(); err != nil {
+		return err
+	}
+	for dir, mode := range map[string]os.FileMode{
+		l.path("pki"): 0o700, l.path("logs"): 0o755, l.volumes(): 0o755, l.path("bin"): 0o755, l.path("tmp"): 0o700, l.node().dir: 0o755,
+	} {
+		if err := os.MkdirAll(dir, mode); err != nil {
+			return err
+		}
+	}
+	return nil
+}
