@@ -47,7 +47,7 @@ type GuildSpec struct {
 
 	// relays says how a heavy guild is spread over relay pods.
 	// +optional
-	// +kubebuilder:default={}
+	// +default={}
 	Relays GuildRelays `json:"relays,omitempty,omitzero"`
 }
 
@@ -124,8 +124,8 @@ type GuildPlacement struct {
 	// shardName pins the guild to the GuildShard of that name in the same namespace.
 	// +optional
 	// +kubebuilder:validation:MinLength=1
-	// +kubebuilder:validation:MaxLength=63
-	// +kubebuilder:validation:XValidation:rule="!format.dns1123Label().validate(self).hasValue()",message="must be the name of a GuildShard: lower case letters, digits and '-'"
+	// +kubebuilder:validation:MaxLength=40
+	// +kubebuilder:validation:XValidation:rule="self.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",message="must be the name of a GuildShard: lower case letters, digits and '-', starting with a letter and ending with a letter or digit"
 	ShardName string `json:"shardName,omitempty"`
 
 	// shardSelector allows the GuildShards whose labels match.
@@ -146,7 +146,7 @@ type GuildGateway struct {
 // Clients append their own query, so it has none.
 // +kubebuilder:validation:MinLength=1
 // +kubebuilder:validation:MaxLength=512
-// +kubebuilder:validation:XValidation:rule="isURL(self) && url(self).getScheme() in ['ws', 'wss'] && url(self).getHost() != '' && !self.contains('?') && !self.contains('#')",message="must be ws://host[:port][/path] or wss://host[:port][/path], without query or fragment"
+// +kubebuilder:validation:XValidation:rule="isURL(self) && url(self).getScheme() in ['ws', 'wss'] && size(url(self).getHostname()) > 0 && !self.contains('@') && !self.contains('?') && !self.contains('#')",message="must be ws://host[:port][/path] or wss://host[:port][/path], without user, query or fragment"
 type GatewayURL string
 
 // RelayMode says who decides how many relays a guild has.
@@ -171,7 +171,7 @@ type GuildRelays struct {
 
 	// replicas is the number of relay pods in mode Manual, 0 to 1000; the scale subresource writes it.
 	// +optional
-	// +kubebuilder:default=0
+	// +default=0
 	// +kubebuilder:validation:Minimum=0
 	// +kubebuilder:validation:Maximum=1000
 	Replicas *int32 `json:"replicas,omitempty"`
@@ -205,7 +205,7 @@ const GuildDirect GuildMode = "Direct"
 // GuildStatus is what the operator last saw of a guild.
 // +kubebuilder:validation:MinProperties=1
 type GuildStatus struct {
-	// conditions: Accepted (the spec can be carried out), Placed (a shard is booked),
+	// conditions are Accepted (the spec can be carried out), Placed (a shard is booked),
 	// Ready (clients can connect), LoadFresh (the counts are recent).
 	// +optional
 	// +listType=map
@@ -267,7 +267,7 @@ type GuildPlacementStatus struct {
 	// shardName is the GuildShard that holds the guild.
 	// +required
 	// +kubebuilder:validation:MinLength=1
-	// +kubebuilder:validation:MaxLength=63
+	// +kubebuilder:validation:MaxLength=40
 	ShardName string `json:"shardName,omitempty"`
 
 	// shardUID is the uid of that GuildShard: a shard made anew under the same name is another one.
@@ -333,12 +333,13 @@ type GuildRelaysStatus struct {
 type Guild struct {
 	metav1.TypeMeta `json:",inline"`
 
+	// metadata is the standard object's metadata.
 	// +optional
 	metav1.ObjectMeta `json:"metadata,omitempty,omitzero"`
 
 	// spec is the wish.
 	// +optional
-	// +kubebuilder:default={}
+	// +default={}
 	Spec GuildSpec `json:"spec,omitempty,omitzero"`
 
 	// status is what the operator last saw.

@@ -18,7 +18,7 @@ type GuildShardSpec struct {
 
 	// capacity is what the shard is planned to hold.
 	// +optional
-	// +kubebuilder:default={}
+	// +default={}
 	Capacity ShardCapacity `json:"capacity,omitempty,omitzero"`
 
 	// availability is Active (when absent), Cordoned (no new guilds) or Draining (no new
@@ -47,14 +47,14 @@ type GuildShardSpec struct {
 type ShardCapacity struct {
 	// guilds is the largest number of guilds on the shard, 1 to 10000.
 	// +optional
-	// +kubebuilder:default=100
+	// +default=100
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=10000
 	Guilds int32 `json:"guilds,omitempty"`
 
 	// sessions is the largest number of connections on the shard, 1 to 15000.
 	// +optional
-	// +kubebuilder:default=15000
+	// +default=15000
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=15000
 	Sessions int32 `json:"sessions,omitempty"`
@@ -76,18 +76,18 @@ const (
 // ShardStorage is the volume of the guilds' logs.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.storageClassName) == has(oldSelf.storageClassName) && (!has(self.storageClassName) || self.storageClassName == oldSelf.storageClassName)",fieldPath=".storageClassName",message="storageClassName is immutable: a volume cannot change its class",reason=FieldValueForbidden
-// +kubebuilder:validation:XValidation:rule="quantity(self.size).compareTo(quantity(oldSelf.size)) >= 0",fieldPath=".size",message="size can only grow",reason=FieldValueForbidden
+// +kubebuilder:validation:XValidation:rule="quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",fieldPath=".size",message="size can only grow",reason=FieldValueForbidden
 type ShardStorage struct {
 	// size of the volume, at least 64Mi; it can only grow.
 	// +required
-	// +kubebuilder:validation:XValidation:rule="quantity(self).compareTo(quantity('64Mi')) >= 0",message="must be at least 64Mi"
+	// +kubebuilder:validation:XValidation:rule="quantity(string(self)).compareTo(quantity('64Mi')) >= 0",message="must be at least 64Mi"
 	Size resource.Quantity `json:"size,omitempty,omitzero"`
 
 	// storageClassName of the claim; the cluster's default class when absent.
 	// +optional
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
-	// +kubebuilder:validation:XValidation:rule="!format.dns1123Subdomain().validate(self).hasValue()",message="must be the name of a StorageClass"
+	// +kubebuilder:validation:XValidation:rule="!format.dns1123Subdomain().validate(self).hasValue()",message="must be the name of a StorageClass: lower case letters, digits, '-' and '.'"
 	StorageClassName string `json:"storageClassName,omitempty"`
 
 	// whenDeleted says what becomes of the volume claim when the GuildShard is deleted: Retain (the default) or Delete.
@@ -100,14 +100,14 @@ type ShardStorage struct {
 type ShardRetention struct {
 	// bytes is the most that one guild's history takes, 1Mi to 1Ti; 16Mi when absent.
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="quantity(self).compareTo(quantity('1Mi')) >= 0 && quantity(self).compareTo(quantity('1Ti')) <= 0",message="must be between 1Mi and 1Ti"
+	// +kubebuilder:validation:XValidation:rule="quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && quantity(string(self)).compareTo(quantity('1Ti')) <= 0",message="must be between 1Mi and 1Ti"
 	Bytes *resource.Quantity `json:"bytes,omitempty"`
 
 	// age is how long a record is kept while there is room, 1m to 720h; 1h when absent.
 	// +optional
 	// +kubebuilder:validation:Type=string
 	// +kubebuilder:validation:MaxLength=32
-	// +kubebuilder:validation:XValidation:rule="duration(self) >= duration('1m') && duration(self) <= duration('720h')",message="must be a duration between 1m and 720h"
+	// +kubebuilder:validation:XValidation:rule="self.matches('^([0-9]{1,7}([.][0-9]+)?(h|m|s|ms))+$') && duration(self) >= duration('1m') && duration(self) <= duration('720h')",message="must be a duration between 1m and 720h, such as 90m"
 	Age *metav1.Duration `json:"age,omitempty"`
 }
 
@@ -128,7 +128,7 @@ type ShardGateway struct {
 	// +optional
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=253
-	// +kubebuilder:validation:XValidation:rule="!format.dns1123Subdomain().validate(self).hasValue()",message="must be the name of a Secret"
+	// +kubebuilder:validation:XValidation:rule="!format.dns1123Subdomain().validate(self).hasValue()",message="must be the name of a Secret: lower case letters, digits, '-' and '.'"
 	TLSSecretName string `json:"tlsSecretName,omitempty"`
 }
 
@@ -213,7 +213,7 @@ type PodMetadata struct {
 // GuildShardStatus is what the operator last saw of a shard.
 // +kubebuilder:validation:MinProperties=1
 type GuildShardStatus struct {
-	// conditions: Accepted (the spec can be carried out), Ready (the pod serves), Durable (logs
+	// conditions are Accepted (the spec can be carried out), Ready (the pod serves), Durable (logs
 	// are on disk), Schedulable (new guilds may come), LoadFresh (the load is recent),
 	// UpToDate (the pod is made from the present spec).
 	// +optional
@@ -268,7 +268,7 @@ type ShardLoad struct {
 	// +kubebuilder:validation:Minimum=0
 	EventsPerSecond *int64 `json:"eventsPerSecond,omitempty"`
 
-	// deliveriesPerSecond: events written to sessions.
+	// deliveriesPerSecond is the number of events written to sessions.
 	// +required
 	// +kubebuilder:validation:Minimum=0
 	DeliveriesPerSecond *int64 `json:"deliveriesPerSecond,omitempty"`
@@ -304,16 +304,17 @@ type ShardLoad struct {
 // +kubebuilder:printcolumn:name="Durable",type=string,JSONPath=`.status.conditions[?(@.type=="Durable")].status`
 // +kubebuilder:printcolumn:name="Version",type=string,JSONPath=`.status.version`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
-// +kubebuilder:validation:XValidation:rule="size(self.metadata.name) <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",fieldPath=".metadata.name",message="metadata.name must be a DNS label of at most 40 characters that starts with a letter: Services and the pod are named after it"
+// +kubebuilder:validation:XValidation:rule="size(self.metadata.name) <= 40 && self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",fieldPath=".metadata",message="metadata.name must be a DNS label of at most 40 characters that starts with a letter: Services and the pod are named after it"
 type GuildShard struct {
 	metav1.TypeMeta `json:",inline"`
 
+	// metadata is the standard object's metadata.
 	// +optional
 	metav1.ObjectMeta `json:"metadata,omitempty,omitzero"`
 
 	// spec is the wish.
 	// +optional
-	// +kubebuilder:default={}
+	// +default={}
 	Spec GuildShardSpec `json:"spec,omitempty,omitzero"`
 
 	// status is what the operator last saw.

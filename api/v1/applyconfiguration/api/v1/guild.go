@@ -17,7 +17,8 @@ import (
 // Guild is a community: members, channels and roles, and one ordered log of everything that
 // happens in it, which every connected session follows.
 type GuildApplyConfiguration struct {
-	metav1.TypeMetaApplyConfiguration    `json:""`
+	metav1.TypeMetaApplyConfiguration `json:""`
+	// metadata is the standard object's metadata.
 	*metav1.ObjectMetaApplyConfiguration `json:"metadata,omitempty"`
 	// spec is the wish.
 	Spec *GuildSpecApplyConfiguration `json:"spec,omitempty"`

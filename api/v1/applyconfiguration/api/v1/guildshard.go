@@ -17,7 +17,8 @@ import (
 // GuildShard is one shard server: a pod, with its own volume where storage is asked for, that
 // runs the fan-out core for the guilds placed on it.
 type GuildShardApplyConfiguration struct {
-	metav1.TypeMetaApplyConfiguration    `json:""`
+	metav1.TypeMetaApplyConfiguration `json:""`
+	// metadata is the standard object's metadata.
 	*metav1.ObjectMetaApplyConfiguration `json:"metadata,omitempty"`
 	// spec is the wish.
 	Spec *GuildShardSpecApplyConfiguration `json:"spec,omitempty"`

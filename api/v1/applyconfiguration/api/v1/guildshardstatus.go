@@ -11,7 +11,7 @@ import (
 //
 // GuildShardStatus is what the operator last saw of a shard.
 type GuildShardStatusApplyConfiguration struct {
-	// conditions: Accepted (the spec can be carried out), Ready (the pod serves), Durable (logs
+	// conditions are Accepted (the spec can be carried out), Ready (the pod serves), Durable (logs
 	// are on disk), Schedulable (new guilds may come), LoadFresh (the load is recent),
 	// UpToDate (the pod is made from the present spec).
 	Conditions []metav1.ConditionApplyConfiguration `json:"conditions,omitempty"`

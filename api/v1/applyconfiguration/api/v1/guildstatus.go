@@ -13,7 +13,7 @@ import (
 //
 // GuildStatus is what the operator last saw of a guild.
 type GuildStatusApplyConfiguration struct {
-	// conditions: Accepted (the spec can be carried out), Placed (a shard is booked),
+	// conditions are Accepted (the spec can be carried out), Placed (a shard is booked),
 	// Ready (clients can connect), LoadFresh (the counts are recent).
 	Conditions []metav1.ConditionApplyConfiguration `json:"conditions,omitempty"`
 	// observedGeneration is the generation of the spec that this status answers.

@@ -9,7 +9,7 @@ package v1
 type ShardLoadApplyConfiguration struct {
 	// eventsPerSecond appended to the logs.
 	EventsPerSecond *int64 `json:"eventsPerSecond,omitempty"`
-	// deliveriesPerSecond: events written to sessions.
+	// deliveriesPerSecond is the number of events written to sessions.
 	DeliveriesPerSecond *int64 `json:"deliveriesPerSecond,omitempty"`
 	// cpuMilli is the CPU used, in thousandths of a core.
 	CPUMilli *int64 `json:"cpuMilli,omitempty"`

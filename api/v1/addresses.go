@@ -1,0 +1,45 @@
+package v1
+
+import "strings"
+
+const (
+	// MaxSessions is the most connections that one pod is planned to hold.
+	MaxSessions = 15000
+
+	// FrontDoorService is the Service that leads to every shard server of a namespace.
+	FrontDoorService = "guildhall-gateway"
+)
+
+// Addresses are the URLs of a guild, each ws(s)://host[:port][/path]/g/<id>/.
+type Addresses struct {
+	// Gateway is the lasting address, which outlives moves, and where sessions resume.
+	Gateway string
+	// Direct is where new connections go.
+	Direct string
+}
+
+// AddressesOf returns the URLs of a placed guild. shard is the GuildShard that holds it.
+func AddressesOf(g *Guild, shard *GuildShard) Addresses {
+	var own, direct, frontDoor GatewayURL
+	if g.Spec.Gateway != nil {
+		own = g.Spec.Gateway.PublicURL
+	}
+	if shard.Spec.Gateway != nil {
+		direct, frontDoor = shard.Spec.Gateway.PublicURL, shard.Spec.Gateway.FrontDoorURL
+	}
+	inside := func(service string) GatewayURL { return GatewayURL("ws://" + service + "." + g.Namespace + ".svc") }
+	return Addresses{
+		Gateway: guildURL(g, own, frontDoor, inside(FrontDoorService)),
+		Direct:  guildURL(g, own, direct, frontDoor, inside(shard.Name)),
+	}
+}
+
+// guildURL is the guild's path under the first base that is set.
+func guildURL(g *Guild, bases ...GatewayURL) string {
+	for _, base := range bases {
+		if base != "" {
+			return strings.TrimSuffix(string(base), "/") + "/g/" + g.Status.ID + "/"
+		}
+	}
+	return ""
+}

@@ -1,0 +1,391 @@
+package fanout
+
+import (
+	"errors"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+const (
+	// maxUrgent bounds the bytes of Send that wait for the socket.
+	maxUrgent = 4 << 20
+	// closeTimeout is how long a session has to take its last messages, and its peer to close.
+	closeTimeout = 2 * time.Second
+	// idleNoop is the share of a stream's retention after which a session that got nothing is sent a no-op.
+	idleNoop = 8
+)
+
+// Errors of sessions.
+var (
+	// ErrDropped: the number that a session wants to go on from is not within what the stream keeps.
+	ErrDropped = errors.New("fanout: number not within what the stream keeps")
+	// ErrFollowing: the session follows a stream already.
+	ErrFollowing = errors.New("fanout: session follows a stream already")
+
+	errOverrun = errors.New("fanout: session fell behind what the stream keeps")
+	errUrgent  = errors.New("fanout: session does not take its messages")
+)
+
+// Session is a socket, and the cursor on the stream that it follows.
+//
+// Invariants:
+//   - one goroutine at a time writes to the socket: the worker's, or while the session is
+//     parked, the one that waits for the socket;
+//   - messages of Send go out whole, in order, between frames of the stream;
+//   - frames of the stream go out whole, in order, each admitted one once;
+//   - behind the message of Close nothing goes out.
+type Session struct {
+	core   *Core
+	worker *worker
+	socket socket
+
+	scheduled atomic.Bool // in worker.ready
+	finished  atomic.Bool
+	done      chan struct{}
+
+	mu          sync.Mutex
+	urgent      [][]byte
+	urgentBytes int
+	closing     bool  // urgent ends with the last message
+	cause       error // why it ended, before done is closed
+
+	// Owned by whoever writes. pos is atomic for those who measure the lag.
+	pos       atomic.Uint64 // cursor: position of the next frame
+	off       int           // bytes of the next admitted frame that are written already
+	gate      bool
+	insertAt  uint64 // where insert goes, and the end of the replay
+	insert    []byte
+	seq       uint64
+	skipped   int64 // cost of the frames passed since the last one written
+	writtenAt int64 // when that was, Unix milliseconds
+
+	// Set by Follow, owned by the worker from then on.
+	following atomic.Bool
+	stream    *Stream
+	owner     uint64
+	view      View
+	idleBytes int64 // a no-op is due when the view let nothing of so many bytes through
+	idleTime  int64 // or nothing for so many milliseconds
+	index     int   // in its follower's sessions
+	parked    bool
+}
+
+// NewSession makes a session of a connection, which it owns from now on for writing and closing.
+func (c *Core) NewSession(conn net.Conn) *Session {
+	return &Session{core: c, worker: c.nextWorker(), socket: newSocket(conn), done: make(chan struct{})}
+}
+
+// Start says where and how a session follows a stream.
+type Start struct {
+	View View
+	// Owner is whom addressed frames are for.
+	Owner uint64
+	// GateOpen is how the owner's gate stands at the stream's head. While it is closed, only addressed frames pass.
+	GateOpen bool
+	// Seq is the number to go on behind.
+	Seq uint64
+	// Replayed makes the message that tells the session, with the number that the stream has now,
+	// that everything before it has been sent; nil: none.
+	Replayed func(seq uint64) []byte
+}
+
+// Follow has the session receive the stream's frames behind number start.Seq. The caller keeps
+// others from publishing addressed frames to the owner meanwhile.
+func (s *Session) Follow(stream *Stream, start Start) error {
+	if !s.following.CompareAndSwap(false, true) {
+		return ErrFollowing
+	}
+	stream.mu.RLock()
+	pos, ok := stream.seek(start.Seq)
+	head, last := stream.first+uint64(len(stream.frames)), stream.last
+	retention, gate := stream.retention, start.GateOpen
+	if ok {
+		gate = stream.gateAt(pos, start.Owner, start.GateOpen)
+	}
+	stream.mu.RUnlock()
+	if !ok {
+		s.following.Store(false)
+		return ErrDropped
+	}
+	var insert []byte
+	if start.Replayed != nil {
+		insert = start.Replayed(last)
+	}
+	sub := stream.subs[0]
+	for _, f := range stream.subs {
+		if f.worker == s.worker {
+			sub = f
+		}
+	}
+	s.worker.post(func() {
+		if s.finished.Load() {
+			return
+		}
+		s.stream, s.owner, s.view, s.gate = stream, start.Owner, start.View, gate
+		s.seq = start.Seq
+		if insert != nil {
+			s.insertAt, s.insert = head, insert
+		}
+		s.pos.Store(pos)
+		s.idleBytes, s.idleTime = retention.Bytes/idleNoop, retention.Age.Milliseconds()/idleNoop
+		s.writtenAt = s.worker.clock.Load()
+		s.index = len(sub.sessions)
+		sub.sessions = append(sub.sessions, s)
+		s.worker.flush(s)
+	})
+	return nil
+}
+
+// Send sends a message of the session's own, ahead of the stream's frames that are not yet
+// written. wire must not be changed afterwards.
+func (s *Session) Send(wire []byte) {
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		return
+	}
+	s.urgent = append(s.urgent, wire)
+	s.urgentBytes += len(wire)
+	full := s.urgentBytes > maxUrgent
+	s.mu.Unlock()
+	if full {
+		s.End(errUrgent)
+		return
+	}
+	s.worker.schedule(s)
+}
+
+// Close sends a last message and then ends the session. The peer has a short time to take it
+// and to close from its side.
+func (s *Session) Close(wire []byte) {
+	s.mu.Lock()
+	if s.closing {
+		s.mu.Unlock()
+		return
+	}
+	s.closing = true
+	s.urgent = append(s.urgent, wire)
+	s.mu.Unlock()
+	s.socket.conn.SetWriteDeadline(time.Now().Add(closeTimeout))
+	s.worker.schedule(s)
+	time.AfterFunc(closeTimeout+time.Second, func() { s.End(nil) })
+}
+
+// End closes the socket at once. The first cause counts.
+func (s *Session) End(cause error) {
+	if !s.finished.CompareAndSwap(false, true) {
+		return
+	}
+	s.mu.Lock()
+	s.cause, s.closing, s.urgent = cause, true, nil
+	s.mu.Unlock()
+	s.socket.conn.Close()
+	close(s.done)
+	s.worker.post(s.leave)
+}
+
+// Done is closed when the session has ended.
+func (s *Session) Done() <-chan struct{} { return s.done }
+
+// Cause is why the session ended, once Done is closed; nil after Close.
+func (s *Session) Cause() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.cause
+}
+
+// leave takes the session out of its follower.
+func (s *Session) leave() {
+	if s.stream == nil || s.parked { // its goroutine still reads the stream; it calls again
+		return
+	}
+	for _, f := range s.stream.subs {
+		if f.worker != s.worker {
+			continue
+		}
+		last := len(f.sessions) - 1
+		moved := f.sessions[last]
+		f.sessions[s.index], moved.index = moved, s.index
+		f.sessions[last] = nil
+		f.sessions = f.sessions[:last]
+		if moved != s && s.index < f.next { // it would miss the present round
+			s.worker.schedule(moved)
+		}
+	}
+	s.stream = nil
+}
+
+func (s *Session) fail(err error) {
+	if errors.Is(err, errOverrun) {
+		s.cutOverrun()
+		return
+	}
+	s.End(err)
+}
+
+func (s *Session) overrun() bool {
+	if s.stream == nil {
+		return false
+	}
+	s.stream.mu.RLock()
+	defer s.stream.mu.RUnlock()
+	return s.pos.Load() < s.stream.first
+}
+
+// cutOverrun ends a session that has fallen behind: with a message, if it stands between frames.
+func (s *Session) cutOverrun() {
+	s.worker.overruns.Add(1)
+	if s.parked || s.off > 0 || s.core.overrun == nil {
+		s.End(errOverrun)
+		return
+	}
+	s.Close(s.core.overrun())
+}
+
+// chunk is the next bytes of a session.
+type chunk struct {
+	bytes []byte
+	span  *span // nil: bytes are a message of its own
+}
+
+// next finds what the session is to be sent. Whoever writes calls it, and advance with what
+// was written. cache may be nil.
+func (s *Session) next(cache *spanCache, scrap *span, window []*Frame) (chunk, error) {
+	if s.off == 0 {
+		s.mu.Lock()
+		if len(s.urgent) > 0 {
+			c := chunk{bytes: s.urgent[0]}
+			s.mu.Unlock()
+			return c, nil
+		}
+		closing := s.closing
+		s.mu.Unlock()
+		if closing {
+			return chunk{}, nil
+		}
+	}
+	if s.stream == nil {
+		return chunk{}, nil
+	}
+	for {
+		if s.insert != nil && s.pos.Load() == s.insertAt && s.off == 0 {
+			s.mu.Lock()
+			s.urgent = append([][]byte{s.insert}, s.urgent...)
+			s.urgentBytes += len(s.insert)
+			s.insert = nil
+			c := chunk{bytes: s.urgent[0]}
+			s.mu.Unlock()
+			return c, nil
+		}
+		var sp *span
+		if cache != nil && s.off == 0 {
+			sp = cache.find(s)
+		}
+		if sp == nil {
+			n, ok := s.stream.window(window, s.pos.Load())
+			if !ok {
+				return chunk{}, errOverrun
+			}
+			if n == 0 {
+				return chunk{}, nil
+			}
+			shared := cache != nil && s.off == 0
+			if shared {
+				sp = cache.spare()
+			}
+			if sp == nil {
+				shared, sp = false, scrap
+			}
+			sp.build(window[:n], s, s.off)
+			if shared && !sp.special {
+				cache.keep()
+			}
+		}
+		if len(sp.bytes) > 0 {
+			return chunk{bytes: sp.bytes, span: sp}, nil
+		}
+		s.pos.Store(sp.to)
+		s.gate, s.seq = sp.gateEnd, sp.seq
+		s.skipped += sp.skipped
+		if wire := s.idle(); wire != nil {
+			s.mu.Lock()
+			s.urgent = append(s.urgent, wire)
+			s.mu.Unlock()
+			return chunk{bytes: wire}, nil
+		}
+	}
+}
+
+// idle returns a no-op message when the session has been sent nothing for a good part of what the stream keeps.
+func (s *Session) idle() []byte {
+	now := s.worker.clock.Load()
+	if s.core.noop == nil || !s.gate || s.skipped < s.idleBytes && now-s.writtenAt < s.idleTime {
+		return nil
+	}
+	s.skipped, s.writtenAt = 0, now
+	return s.core.noop(s.seq)
+}
+
+// advance moves the cursor by n bytes of c.
+func (s *Session) advance(c chunk, n int) {
+	w := s.worker
+	w.writes.Add(1)
+	w.bytes.Add(uint64(n))
+	if c.span == nil {
+		s.mu.Lock()
+		if len(s.urgent) > 0 {
+			s.urgentBytes -= n
+			if n == len(c.bytes) {
+				s.urgent[0] = nil
+				s.urgent = s.urgent[1:]
+			} else {
+				s.urgent[0] = s.urgent[0][n:]
+			}
+		}
+		s.mu.Unlock()
+		return
+	}
+	sp := c.span
+	s.writtenAt = w.clock.Load()
+	if n == len(sp.bytes) {
+		w.deliveries.Add(uint64(len(sp.marks)))
+		s.pos.Store(sp.to)
+		s.off, s.gate, s.seq = 0, sp.gateEnd, sp.seq
+		s.skipped = sp.skipped
+		return
+	}
+	written := 0
+	for written < len(sp.marks) && sp.marks[written].end <= n {
+		written++
+	}
+	if written == 0 {
+		s.off += n
+		return
+	}
+	w.deliveries.Add(uint64(written))
+	m := sp.marks[written-1]
+	s.pos.Store(m.pos)
+	s.off, s.gate, s.skipped = n-m.end, m.gate, 0
+}
+
+// settle runs when there is nothing left to write.
+func (s *Session) settle() {
+	s.mu.Lock()
+	last := s.closing && len(s.urgent) == 0
+	s.mu.Unlock()
+	if last {
+		s.socket.conn.SetReadDeadline(time.Now().Add(closeTimeout))
+	}
+}
+
+// drain writes, waiting for the socket, until there is nothing left.
+func (s *Session) drain() error {
+	var scrap span
+	var window [maxWindow]*Frame
+	return s.socket.drain(
+		func() (chunk, error) { return s.next(nil, &scrap, window[:]) },
+		s.advance,
+	)
+}

@@ -1,0 +1,211 @@
+package fanout
+
+import (
+	"sync"
+	"sync/atomic"
+)
+
+const (
+	// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
+	quantum = 512
+	// maxSpan bounds the bytes of one write. A session further behind takes several.
+	maxSpan = 64 << 10
+	// maxWindow bounds the frames of one write.
+	maxWindow = 256
+	// maxCached bounds the spans that a pass keeps for reuse.
+	maxCached = 64
+)
+
+// follower is a stream's sessions on one worker.
+type follower struct {
+	stream   *Stream
+	worker   *worker
+	sessions []*Session // owned by the worker
+
+	// guarded by worker.mu
+	pending bool // frames were published after the present round began
+	queued  bool // in worker.rounds, or being served
+
+	// of the present round; owned by the worker
+	head uint64
+	next int
+}
+
+// worker owns the writes of its sessions.
+type worker struct {
+	core   *Core
+	signal chan struct{}
+
+	mu     sync.Mutex
+	posted []func()
+	ready  []*Session
+	rounds []*follower
+
+	// owned by the goroutine
+	cache  spanCache
+	scrap  span // for sessions that no other one can share with
+	window [maxWindow]*Frame
+
+	deliveries, writes, bytes, overruns atomic.Uint64
+	parked                              atomic.Int64
+	clock                               atomic.Int64 // Unix milliseconds at the start of the present turn
+}
+
+func (w *worker) poke() {
+	select {
+	case w.signal <- struct{}{}:
+	default:
+	}
+}
+
+// post has f run by the worker's goroutine.
+func (w *worker) post(f func()) {
+	w.mu.Lock()
+	w.posted = append(w.posted, f)
+	w.mu.Unlock()
+	w.poke()
+}
+
+// wake says that there are frames for the follower's sessions.
+func (f *follower) wake() {
+	w := f.worker
+	w.mu.Lock()
+	f.pending = true
+	if !f.queued {
+		f.queued = true
+		w.rounds = append(w.rounds, f)
+	}
+	w.mu.Unlock()
+	w.poke()
+}
+
+// schedule has the session flushed soon.
+func (w *worker) schedule(s *Session) {
+	if !s.scheduled.CompareAndSwap(false, true) {
+		return
+	}
+	w.mu.Lock()
+	w.ready = append(w.ready, s)
+	w.mu.Unlock()
+	w.poke()
+}
+
+func (w *worker) run() {
+	for {
+		w.mu.Lock()
+		posted, ready := w.posted, w.ready
+		w.posted, w.ready = nil, nil
+		var round *follower
+		if len(w.rounds) > 0 {
+			round = w.rounds[0]
+			w.rounds = w.rounds[1:]
+			if round.next == 0 {
+				round.pending = false
+			}
+		}
+		w.mu.Unlock()
+
+		w.clock.Store(w.core.now().UnixMilli())
+		for _, f := range posted {
+			f()
+		}
+		w.cache.reset()
+		for _, s := range ready {
+			s.scheduled.Store(false)
+			w.flush(s)
+		}
+		if round != nil {
+			w.serve(round)
+			continue
+		}
+		if len(posted) == 0 && len(ready) == 0 {
+			select {
+			case <-w.signal:
+			case <-w.core.stopped:
+				return
+			}
+		}
+	}
+}
+
+// serve gives the follower's sessions one quantum, and queues it again behind the others while there is more to do.
+func (w *worker) serve(f *follower) {
+	if f.next == 0 {
+		f.head, _ = f.stream.Head()
+	}
+	w.cache.reset()
+	for range quantum {
+		if f.next >= len(f.sessions) {
+			break
+		}
+		s := f.sessions[f.next]
+		f.next++
+		w.flush(s)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if f.next >= len(f.sessions) {
+		f.next = 0
+		f.queued = f.pending
+	}
+	if f.queued {
+		w.rounds = append(w.rounds, f)
+	}
+}
+
+// flush writes to a session what there is for it, until its socket would block.
+func (w *worker) flush(s *Session) {
+	if s.finished.Load() {
+		return
+	}
+	if s.parked {
+		if s.overrun() { // nobody else looks: its goroutine waits for the socket
+			s.cutOverrun()
+		}
+		return
+	}
+	for {
+		c, err := s.next(&w.cache, &w.scrap, w.window[:])
+		if err != nil {
+			s.fail(err)
+			return
+		}
+		if len(c.bytes) == 0 {
+			s.settle()
+			return
+		}
+		n, again, err := s.socket.try(c.bytes)
+		if n > 0 {
+			s.advance(c, n)
+		}
+		if err != nil {
+			s.fail(err)
+			return
+		}
+		if again {
+			w.park(s)
+			return
+		}
+	}
+}
+
+// park leaves the session to a goroutine until its socket has taken everything there is.
+func (w *worker) park(s *Session) {
+	s.parked = true
+	w.parked.Add(1)
+	go func() {
+		err := s.drain()
+		w.post(func() {
+			s.parked = false
+			w.parked.Add(-1)
+			if err != nil {
+				s.fail(err)
+			}
+			if s.finished.Load() {
+				s.leave()
+				return
+			}
+			w.flush(s)
+		})
+	}()
+}

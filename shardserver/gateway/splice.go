@@ -1,0 +1,108 @@
+package gateway
+
+import (
+	"bufio"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"sync"
+	"time"
+)
+
+// splicedHeader marks a connection that another pod has forwarded: it is not forwarded again.
+const splicedHeader = "Guildhall-Spliced"
+
+const dialTimeout = 2 * time.Second
+
+var errNotUpgraded = errors.New("gateway: the other pod did not upgrade the connection")
+
+// dial opens a WebSocket connection to the pod that holds a guild. The frames of both sides
+// agree, so from here on bytes are copied as they are.
+func (g *Gateway) dial(address, request string, deadline time.Time) (net.Conn, error) {
+	timeout := min(dialTimeout, time.Until(deadline))
+	ctx, cancel := context.WithTimeout(context.Background(), timeout)
+	defer cancel()
+	var d net.Dialer
+	conn, err := d.DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	conn.SetDeadline(time.Now().Add(dialTimeout))
+	var key [16]byte
+	rand.Read(key[:])
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n%s: 1\r\n\r\n",
+		request, address, base64.StdEncoding.EncodeToString(key[:]), splicedHeader)
+	reader := bufio.NewReaderSize(conn, 1024)
+	response, err := http.ReadResponse(reader, nil)
+	if err != nil {
+		conn.Close()
+		return nil, err
+	}
+	if response.StatusCode != http.StatusSwitchingProtocols {
+		conn.Close()
+		return nil, errNotUpgraded
+	}
+	conn.SetDeadline(time.Time{})
+	if n := reader.Buffered(); n > 0 { // HELLO may have come along
+		early, _ := reader.Peek(n)
+		return &earlyConn{Conn: conn, early: append([]byte(nil), early...)}, nil
+	}
+	return conn, nil
+}
+
+// earlyConn is a connection of which some bytes have been read already.
+type earlyConn struct {
+	net.Conn
+	early []byte
+}
+
+// splice is a pair of connections whose bytes are copied from one to the other.
+type splice struct {
+	client, holder net.Conn
+	once           sync.Once
+}
+
+func (s *splice) close() {
+	s.once.Do(func() {
+		s.client.Close()
+		s.holder.Close()
+	})
+}
+
+// splice copies between the client and the pod that holds its guild until one side ends. Between
+// plain sockets Linux moves the bytes in the kernel.
+func (g *Gateway) splice(client, holder net.Conn) {
+	s := &splice{client: client, holder: holder}
+	g.mu.Lock()
+	g.spliced[s] = struct{}{}
+	draining := g.draining
+	g.mu.Unlock()
+	defer func() {
+		s.close()
+		g.mu.Lock()
+		delete(g.spliced, s)
+		g.mu.Unlock()
+	}()
+	if draining {
+		return
+	}
+	if e, ok := holder.(*earlyConn); ok {
+		holder = e.Conn
+		client.SetWriteDeadline(time.Now().Add(dialTimeout))
+		if _, err := client.Write(e.early); err != nil {
+			return
+		}
+		client.SetWriteDeadline(time.Time{})
+	}
+	go func() {
+		io.Copy(holder, client)
+		s.close()
+	}()
+	io.Copy(client, holder)
+}

@@ -1,0 +1,423 @@
+package guild
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"fmt"
+	"regexp"
+	"unicode/utf8"
+
+	"guildhall.dev/guildhall/shardserver/fanout"
+	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/snowflake"
+)
+
+// Limits of what is published.
+const (
+	// MaxEventSize is the largest body of an event, in bytes.
+	MaxEventSize = 256 << 10
+	// MaxBatch is the largest number of events of one batch.
+	MaxBatch = 1000
+	// MaxContent is the longest content of a message, in characters.
+	MaxContent = 2000
+	// MaxChannels is the largest number of channels of a guild.
+	MaxChannels = 500
+	// MaxKey is the longest idempotency key, in bytes.
+	MaxKey = 128
+)
+
+// Event is an event that a backend publishes.
+type Event struct {
+	// Type is the event's name, such as MESSAGE_CREATE; upper case with underscores.
+	Type string `json:"t"`
+	// Data is the event's body, a JSON object. guild_id is added where it is missing.
+	Data json.RawMessage `json:"d"`
+	// Users limits the event to those users' sessions; all when absent.
+	Users []snowflake.ID `json:"users,omitempty"`
+}
+
+var eventName = regexp.MustCompile(`^[A-Z][A-Z0-9_]{0,63}$`)
+
+// Publish appends events, all or none, and returns the number of each once they are durable. A
+// volatile event is answered with the last number. The same key with the same events is
+// answered with the same numbers for 24 hours and appends nothing.
+func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint64, error) {
+	if len(events) == 0 || len(events) > MaxBatch {
+		return nil, fieldError("events", fmt.Sprintf("expected 1 to %d events, got %d", MaxBatch, len(events)))
+	}
+	if len(key) > MaxKey {
+		return nil, fieldError("Idempotency-Key", fmt.Sprintf("expected at most %d bytes, got %d", MaxKey, len(key)))
+	}
+	bodies := make([][]byte, len(events))
+	digest := sha256.New()
+	for i, e := range events {
+		body, err := g.prepare(e)
+		if err != nil {
+			if len(events) > 1 {
+				err = prefixField(fmt.Sprintf("events[%d].", i), err)
+			}
+			return nil, err
+		}
+		bodies[i] = body
+		fmt.Fprintf(digest, "%s %d %v ", e.Type, len(body), e.Users)
+		digest.Write(body)
+	}
+	var numbers []uint64
+	err := g.do(ctx, func(t *tx) error {
+		entry, found, err := g.keys.find(key, [32]byte(digest.Sum(nil)), g.now())
+		if err != nil {
+			return err
+		}
+		if found {
+			numbers = entry.numbers
+			return nil
+		}
+		numbers = make([]uint64, len(events))
+		for i, e := range events {
+			numbers[i] = t.publish(e.Type, bodies[i], e.Users)
+		}
+		g.keys.put(key, [32]byte(digest.Sum(nil)), numbers, nil, g.now())
+		return nil
+	})
+	return numbers, err
+}
+
+// prepare checks an event and brings its body into the form that emit expects.
+func (g *Guild) prepare(e Event) ([]byte, error) {
+	if !eventName.MatchString(e.Type) {
+		return nil, fieldError("t", "expected the name of an event: upper-case letters, digits and underscores, at most 64")
+	}
+	if protocol.EventOf(e.Type).Reserved {
+		return nil, fieldError("t", e.Type+" is made by the server alone")
+	}
+	if len(e.Data) > MaxEventSize {
+		return nil, fieldError("d", fmt.Sprintf("expected at most %d bytes, got %d", MaxEventSize, len(e.Data)))
+	}
+	var fields map[string]json.RawMessage
+	if err := json.Unmarshal(e.Data, &fields); err != nil || fields == nil {
+		return nil, fieldError("d", "expected a JSON object")
+	}
+	if e.Users != nil && len(e.Users) == 0 {
+		return nil, fieldError("users", "expected at least one user id, or no such field for all")
+	}
+	var body bytes.Buffer
+	body.Grow(len(e.Data) + 40)
+	if err := json.Compact(&body, e.Data); err != nil {
+		return nil, fieldError("d", "expected a JSON object")
+	}
+	out := body.Bytes()
+	if _, ok := fields["guild_id"]; !ok && e.Type != "GUILD_UPDATE" {
+		out = append(make([]byte, 0, len(out)+40), `{"guild_id":"`...)
+		out = append(out, g.id.String()...)
+		out = append(out, '"')
+		if len(fields) > 0 {
+			out = append(out, ',')
+		}
+		out = append(out, body.Bytes()[1:]...)
+	} else if ok && string(fields["guild_id"]) != `"`+g.id.String()+`"` {
+		return nil, fieldError("d.guild_id", "expected this guild's id, "+g.id.String())
+	}
+	if err := check(e.Type, out); err != nil {
+		return nil, prefixField("d.", err)
+	}
+	return out, nil
+}
+
+// prefixField puts a prefix before the field that an error names.
+func prefixField(prefix string, err error) error {
+	if invalid, ok := err.(*InvalidError); ok {
+		return &InvalidError{Field: prefix + invalid.Field, Expected: invalid.Expected}
+	}
+	return &InvalidError{Field: prefix[:len(prefix)-1], Expected: err.Error()}
+}
+
+// publish emits an event and what follows from it for sessions of the user whom it lets in or out.
+func (t *tx) publish(name string, body []byte, users []snowflake.ID) uint64 {
+	g := t.g
+	var ref memberRef
+	if name == "GUILD_MEMBER_ADD" || name == "GUILD_MEMBER_REMOVE" {
+		mustDecodeRaw(body, &ref)
+	}
+	wasMember := ref.User != nil && g.state.members[ref.User.ID] != nil
+	seq := t.emit(name, body, users)
+	switch {
+	case name == "GUILD_MEMBER_ADD" && !wasMember:
+		if g.sessions.has(ref.User.ID) {
+			t.derive("GUILD_CREATE", g.state.guildCreate(g.id, ref.User.ID), ref.User.ID, fanout.OpenGate)
+		}
+	case name == "GUILD_MEMBER_REMOVE" && wasMember:
+		t.derive("GUILD_DELETE", encode(map[string]snowflake.ID{"id": g.id}), ref.User.ID, fanout.CloseGate)
+	}
+	return seq
+}
+
+// Rename changes the name that clients show.
+func (g *Guild) Rename(ctx context.Context, name string) error {
+	return g.do(ctx, func(t *tx) error {
+		if g.state.name == name {
+			return nil
+		}
+		object := g.state.object(g.id)
+		object.Name = name
+		t.emit("GUILD_UPDATE", encode(object), nil)
+		return nil
+	})
+}
+
+// Join makes a user a member. It returns the member object, and whether the user was none before.
+func (g *Guild) Join(ctx context.Context, u User) (member json.RawMessage, joined bool, err error) {
+	err = g.do(ctx, func(t *tx) error {
+		if member = g.state.members[u.ID]; member != nil {
+			return nil
+		}
+		joined = true
+		t.publish("GUILD_MEMBER_ADD", memberObject(g.id, u, g.now()), nil)
+		member = g.state.members[u.ID]
+		return nil
+	})
+	return member, joined, err
+}
+
+// Leave ends a membership, or fails with ErrNotFound.
+func (g *Guild) Leave(ctx context.Context, user snowflake.ID) error {
+	return g.do(ctx, func(t *tx) error {
+		member := g.state.members[user]
+		if member == nil {
+			return ErrNotFound
+		}
+		var m struct {
+			User json.RawMessage `json:"user"`
+		}
+		mustDecodeRaw(member, &m)
+		t.publish("GUILD_MEMBER_REMOVE", encode(map[string]any{"guild_id": g.id, "user": m.User}), nil)
+		return nil
+	})
+}
+
+// Member returns a member object, or ErrNotFound.
+func (g *Guild) Member(user snowflake.ID) (json.RawMessage, error) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	if m := g.state.members[user]; m != nil {
+		return m, nil
+	}
+	return nil, ErrNotFound
+}
+
+// Object returns the guild object, and Channels the channel objects in their order.
+func (g *Guild) Object() json.RawMessage {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return encode(g.state.object(g.id))
+}
+
+// Channels returns the channel objects in their order.
+func (g *Guild) Channels() []json.RawMessage {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	return g.state.channelObjects()
+}
+
+// Channel returns a channel object, or ErrNotFound.
+func (g *Guild) Channel(id snowflake.ID) (json.RawMessage, error) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	if c := g.state.channels[id]; c != nil {
+		return c.Object, nil
+	}
+	return nil, ErrNotFound
+}
+
+// NewChannel is a request for a channel.
+type NewChannel struct {
+	Name       string            `json:"name"`
+	Type       int               `json:"type"`
+	Topic      *string           `json:"topic"`
+	Position   *int              `json:"position"`
+	ParentID   *string           `json:"parent_id"`
+	Overwrites []json.RawMessage `json:"permission_overwrites"`
+}
+
+// CreateChannel makes a channel and returns its object.
+func (g *Guild) CreateChannel(ctx context.Context, n NewChannel) (object json.RawMessage, err error) {
+	switch {
+	case n.Name == "" || utf8.RuneCountInString(n.Name) > 100:
+		return nil, fieldError("name", "expected 1 to 100 characters")
+	case n.Type != ChannelText && n.Type != ChannelVoice && n.Type != ChannelCategory:
+		return nil, fieldError("type", "expected 0 (text), 2 (voice) or 4 (category)")
+	case len(n.Overwrites) > 0:
+		return nil, fieldError("permission_overwrites", "expected none: every member sees every channel in this version")
+	}
+	err = g.do(ctx, func(t *tx) error {
+		if len(g.state.channels) >= MaxChannels {
+			return fieldError("name", fmt.Sprintf("the guild has %d channels, the most there can be", MaxChannels))
+		}
+		if n.ParentID != nil {
+			parent, err := snowflake.Parse(*n.ParentID)
+			if err != nil || g.state.channels[parent] == nil || g.state.channels[parent].Type != ChannelCategory {
+				return fieldError("parent_id", "expected the id of a category of this guild")
+			}
+		}
+		position := 0
+		for _, c := range g.state.channels {
+			position = max(position, c.Position+1)
+		}
+		if n.Position != nil {
+			position = *n.Position
+		}
+		object = channelObject(g.id, g.ids.Next(), n.Type, n.Name, position, n.Topic, n.ParentID)
+		t.emit("CHANNEL_CREATE", object, nil)
+		return nil
+	})
+	return object, err
+}
+
+// DeleteChannel deletes a channel and returns what it was, or fails with ErrNotFound.
+func (g *Guild) DeleteChannel(ctx context.Context, id snowflake.ID) (object json.RawMessage, err error) {
+	err = g.do(ctx, func(t *tx) error {
+		c := g.state.channels[id]
+		if c == nil {
+			return ErrNotFound
+		}
+		object = c.Object
+		t.emit("CHANNEL_DELETE", object, nil)
+		return nil
+	})
+	return object, err
+}
+
+// NewMessage is a request to send a message. Fields that are passed on as they are have been
+// checked to be JSON of the right kind.
+type NewMessage struct {
+	Content      string            `json:"content"`
+	TTS          bool              `json:"tts"`
+	Embeds       []json.RawMessage `json:"embeds"`
+	Components   []json.RawMessage `json:"components"`
+	Nonce        json.RawMessage   `json:"nonce"`
+	EnforceNonce bool              `json:"enforce_nonce"`
+	Reference    json.RawMessage   `json:"message_reference"`
+	Flags        int64             `json:"flags"`
+	Attachments  []json.RawMessage `json:"attachments"`
+	StickerIDs   []string          `json:"sticker_ids"`
+	Poll         json.RawMessage   `json:"poll"`
+}
+
+// message is a message object. GuildID and Member are in the dispatch alone.
+type message struct {
+	ID              snowflake.ID      `json:"id"`
+	Type            int               `json:"type"`
+	ChannelID       snowflake.ID      `json:"channel_id"`
+	Author          User              `json:"author"`
+	Content         string            `json:"content"`
+	Timestamp       string            `json:"timestamp"`
+	Edited          *string           `json:"edited_timestamp"`
+	TTS             bool              `json:"tts"`
+	MentionEveryone bool              `json:"mention_everyone"`
+	Mentions        []struct{}        `json:"mentions"`
+	MentionRoles    []struct{}        `json:"mention_roles"`
+	Attachments     []struct{}        `json:"attachments"`
+	Embeds          []json.RawMessage `json:"embeds"`
+	Components      []json.RawMessage `json:"components"`
+	Pinned          bool              `json:"pinned"`
+	Flags           int64             `json:"flags"`
+	Nonce           string            `json:"nonce,omitempty"`
+	Reference       json.RawMessage   `json:"message_reference,omitempty"`
+	GuildID         snowflake.ID      `json:"guild_id,omitzero"`
+	Member          json.RawMessage   `json:"member,omitempty"`
+}
+
+// SendMessage sends a message of a member, or of a backend, to a channel and returns the message object.
+func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author User, backend bool, n NewMessage) (json.RawMessage, error) {
+	switch {
+	case len(n.Attachments) > 0 || len(n.StickerIDs) > 0 || len(n.Poll) > 0 && string(n.Poll) != "null":
+		return nil, fieldError("attachments", "expected none: files, stickers and polls are not supported in this version")
+	case n.Content == "" && len(n.Embeds) == 0 && len(n.Components) == 0:
+		return nil, fieldError("content", "expected content, embeds or components")
+	case utf8.RuneCountInString(n.Content) > MaxContent:
+		return nil, fieldError("content", fmt.Sprintf("expected at most %d characters", MaxContent))
+	}
+	nonce, err := nonceString(n.Nonce)
+	if err != nil {
+		return nil, err
+	}
+	var key string
+	if n.EnforceNonce && nonce != "" {
+		key = fmt.Sprintf("nonce %s %s %s", author.ID, channel, nonce)
+	}
+	var answer json.RawMessage
+	err = g.do(ctx, func(t *tx) error {
+		c := g.state.channels[channel]
+		member := g.state.members[author.ID]
+		switch {
+		case c == nil:
+			return ErrNotFound
+		case c.Type != ChannelText:
+			return fieldError("channel", "expected a text channel")
+		case member == nil && !backend:
+			return ErrNotMember
+		}
+		now := g.now()
+		if entry, found, _ := g.keys.find(key, [32]byte{}, now); found {
+			answer = entry.answer
+			return nil
+		}
+		m := message{
+			ID: g.ids.Next(), ChannelID: channel, Author: author, Content: n.Content, Timestamp: timestamp(now),
+			TTS: n.TTS, Mentions: []struct{}{}, MentionRoles: []struct{}{}, Attachments: []struct{}{},
+			Embeds: orEmpty(n.Embeds), Components: orEmpty(n.Components), Flags: n.Flags, Nonce: nonce,
+		}
+		if len(n.Reference) > 0 && string(n.Reference) != "null" {
+			m.Reference = n.Reference
+		}
+		answer = encode(m)
+		m.GuildID = g.id
+		if member != nil {
+			m.Member = withoutUser(member)
+		}
+		body := encode(m)
+		if len(body) > MaxEventSize {
+			return fieldError("embeds", fmt.Sprintf("expected a message of at most %d bytes", MaxEventSize))
+		}
+		seq := t.emit("MESSAGE_CREATE", body, nil)
+		g.keys.put(key, [32]byte{}, []uint64{seq}, answer, now)
+		return nil
+	})
+	return answer, err
+}
+
+func orEmpty(list []json.RawMessage) []json.RawMessage {
+	if list == nil {
+		return []json.RawMessage{}
+	}
+	return list
+}
+
+// nonceString reads a nonce, which clients send as a string or a number and read as a string.
+func nonceString(raw json.RawMessage) (string, error) {
+	if len(raw) == 0 || string(raw) == "null" {
+		return "", nil
+	}
+	var s string
+	var n json.Number
+	if json.Unmarshal(raw, &s) != nil {
+		if json.Unmarshal(raw, &n) != nil {
+			return "", fieldError("nonce", "expected a string or a number")
+		}
+		s = n.String()
+	}
+	if len(s) > 25 {
+		return "", fieldError("nonce", "expected at most 25 characters")
+	}
+	return s, nil
+}
+
+// withoutUser is a member object as messages carry it.
+func withoutUser(member json.RawMessage) json.RawMessage {
+	var fields map[string]json.RawMessage
+	mustDecodeRaw(member, &fields)
+	delete(fields, "user")
+	delete(fields, "guild_id")
+	return encode(fields)
+}

@@ -1,0 +1,354 @@
+// Package guild is the guild actor: the one writer of a guild's log, the state that the log
+// adds up to, and the sessions that follow it.
+package guild
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"guildhall.dev/guildhall/shardserver/fanout"
+	"guildhall.dev/guildhall/shardserver/guildlog"
+	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/snowflake"
+)
+
+const (
+	// maxPending bounds the commands that wait for the actor; more are refused with ErrBusy.
+	maxPending = 1024
+	// maxBatch bounds the commands that one append to the log carries.
+	maxBatch = 256
+)
+
+// Errors of commands. InvalidError is another.
+var (
+	// ErrBusy: too much waits for the log. Nothing was appended; try again later.
+	ErrBusy = errors.New("guild: too many requests wait for the log")
+	// ErrClosed: this process does not hold the guild any more. Nothing was appended.
+	ErrClosed = errors.New("guild: closed")
+	// ErrNotFound: the channel or member that a command names does not exist.
+	ErrNotFound = errors.New("guild: not found")
+	// ErrNotMember: the user who asks is not a member.
+	ErrNotMember = errors.New("guild: not a member")
+	// ErrKeyReused: the idempotency key came with another body before.
+	ErrKeyReused = errors.New("guild: the idempotency key was used with another body")
+)
+
+// InvalidError says which field of a request is wrong and what was expected.
+type InvalidError struct {
+	Field    string
+	Expected string
+}
+
+func (e *InvalidError) Error() string { return e.Field + ": " + e.Expected }
+
+// Config of a guild.
+type Config struct {
+	ID   snowflake.ID
+	Name string
+	// Open lets every user join by connecting.
+	Open bool
+	// Channels that the log is born with; one text channel "general" when empty.
+	Channels []BootstrapChannel
+	// Retention of the log, and so of replay.
+	Retention guildlog.Retention
+	// Log is the guild's log; empty, it is born now.
+	Log guildlog.Log
+	// Core that delivers the guild's stream.
+	Core *fanout.Core
+	// IDs makes message and channel ids; one source per process.
+	IDs *snowflake.Source
+	// Events counts what is appended; may be nil.
+	Events *atomic.Uint64
+	// Now is the clock; time.Now when nil.
+	Now    func() time.Time
+	Logger *slog.Logger
+}
+
+// BootstrapChannel is a channel that a guild's log is born with.
+type BootstrapChannel struct {
+	Name string
+	Type int
+}
+
+// Guild is a guild that this process holds.
+type Guild struct {
+	id     snowflake.ID
+	log    guildlog.Log
+	stream *fanout.Stream
+	ids    *snowflake.Source
+	now    func() time.Time
+	logger *slog.Logger
+	events *atomic.Uint64
+
+	commands chan *command
+	closed   chan struct{}
+	stopped  chan struct{} // the actor has returned
+
+	// mu makes records, state and stream change together: the actor holds it while it appends,
+	// those who read the state or attach sessions hold it for reading.
+	mu    sync.RWMutex
+	state *state
+	keys  keyTable
+	// snapshots guards what is made of the state for reading when first asked for.
+	snapshots sync.Mutex
+
+	sessions registry
+
+	settings struct {
+		sync.RWMutex
+		open bool
+	}
+}
+
+// Open opens a guild: reads its state from the log, or gives birth to the log if it is empty.
+func Open(c Config) (*Guild, error) {
+	g := &Guild{
+		id: c.ID, log: c.Log, ids: c.IDs, now: c.Now, logger: c.Logger, events: c.Events,
+		commands: make(chan *command, maxPending), closed: make(chan struct{}), stopped: make(chan struct{}),
+		state: newState(),
+	}
+	if g.now == nil {
+		g.now = time.Now
+	}
+	if g.logger == nil {
+		g.logger = slog.Default()
+	}
+	if g.events == nil {
+		g.events = new(atomic.Uint64)
+	}
+	g.settings.open = c.Open
+	g.sessions.init()
+	if g.log.Last() == 0 {
+		if err := g.log.Append([]guildlog.Record{g.birthRecord(c)}); err != nil {
+			return nil, fmt.Errorf("giving birth to the log of guild %s: %w", c.ID, err)
+		}
+	}
+	for seq := uint64(0); seq < g.log.Last(); {
+		records, err := g.log.Read(seq, 1024)
+		if err != nil {
+			return nil, fmt.Errorf("reading the log of guild %s behind %d: %w", c.ID, seq, err)
+		}
+		for i := range records {
+			g.state.apply(&records[i])
+			seq = records[i].Seq
+		}
+	}
+	g.stream = c.Core.NewStream(g.log.Last(), streamRetention(c.Retention))
+	go g.run()
+	if c.Name != g.state.name {
+		g.Rename(context.Background(), c.Name)
+	}
+	return g, nil
+}
+
+func (g *Guild) birthRecord(c Config) guildlog.Record {
+	channels := c.Channels
+	if len(channels) == 0 {
+		channels = []BootstrapChannel{{Name: "general", Type: ChannelText}}
+	}
+	b := birth{ID: c.ID, Name: c.Name}
+	for i, ch := range channels {
+		b.Channels = append(b.Channels, channelObject(c.ID, c.IDs.Next(), ch.Type, ch.Name, i, nil, nil))
+	}
+	b.Roles = append(b.Roles, everyoneRole(c.ID))
+	return guildlog.Record{Seq: guildlog.First, Time: g.now().UnixMilli(), Type: "GUILD_CREATE", Data: encode(b)}
+}
+
+func streamRetention(r guildlog.Retention) fanout.Retention {
+	return fanout.Retention{Bytes: r.Bytes, Age: r.Age}
+}
+
+// ID is the guild's snowflake.
+func (g *Guild) ID() snowflake.ID { return g.id }
+
+// LogID names the guild's log.
+func (g *Guild) LogID() guildlog.ID { return g.log.ID() }
+
+// Epoch counts the owners that the log has had.
+func (g *Guild) Epoch() int64 { return g.log.Epoch() }
+
+// Counts of a guild.
+type Counts struct {
+	LastSeq                   uint64
+	Members, Online, Sessions int
+}
+
+// Counts returns the guild's present counts.
+func (g *Guild) Counts() Counts {
+	g.mu.RLock()
+	c := Counts{LastSeq: g.log.Last(), Members: len(g.state.members)}
+	g.mu.RUnlock()
+	c.Sessions, c.Online = g.sessions.counts()
+	return c
+}
+
+// SetOpen changes whether every user may join.
+func (g *Guild) SetOpen(open bool) {
+	g.settings.Lock()
+	defer g.settings.Unlock()
+	g.settings.open = open
+}
+
+// Open says whether every user may join.
+func (g *Guild) Open() bool {
+	g.settings.RLock()
+	defer g.settings.RUnlock()
+	return g.settings.open
+}
+
+// SetRetention changes what the log and the stream keep.
+func (g *Guild) SetRetention(r guildlog.Retention) {
+	g.log.Retain(r)
+	g.stream.Retain(streamRetention(r))
+}
+
+// Close ends the guild in this process: commands fail with ErrClosed, and sessions are sent
+// last, a frame, and closed. It returns when nothing is appended any more.
+func (g *Guild) Close(last []byte) {
+	g.mu.Lock()
+	select {
+	case <-g.closed:
+	default:
+		close(g.closed)
+	}
+	g.mu.Unlock()
+	<-g.stopped
+	g.stream.Close(last)
+}
+
+// command is one request to the log. run decides, then stages records on the transaction. An
+// error refuses the command; it comes before anything is staged.
+type command struct {
+	run  func(*tx) error
+	err  error
+	done chan struct{}
+}
+
+// tx stages the records of a command.
+type tx struct {
+	g       *Guild
+	last    uint64
+	records []guildlog.Record
+	frames  []*fanout.Frame
+}
+
+// do has the actor run a command and waits until what it appended is durable.
+func (g *Guild) do(ctx context.Context, run func(*tx) error) error {
+	c := &command{run: run, done: make(chan struct{})}
+	select {
+	case <-g.closed:
+		return ErrClosed
+	default:
+	}
+	select {
+	case g.commands <- c:
+	case <-g.closed:
+		return ErrClosed
+	case <-ctx.Done():
+		return ErrBusy
+	}
+	// From here on the command may be carried out: its outcome is waited for.
+	select {
+	case <-c.done:
+		return c.err
+	case <-g.stopped:
+		select {
+		case <-c.done:
+			return c.err
+		default:
+			return ErrClosed
+		}
+	}
+}
+
+func (g *Guild) run() {
+	defer close(g.stopped)
+	var batch []*command
+	for {
+		select {
+		case <-g.closed:
+			return
+		case c := <-g.commands:
+			batch = append(batch[:0], c)
+		}
+	more:
+		for len(batch) < maxBatch {
+			select {
+			case c := <-g.commands:
+				batch = append(batch, c)
+			default:
+				break more
+			}
+		}
+		g.carryOut(batch)
+		clear(batch)
+	}
+}
+
+// carryOut runs the commands of a batch, appends what they staged in one go, and only when
+// that is durable shows it to sessions and answers.
+func (g *Guild) carryOut(batch []*command) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t := &tx{g: g, last: g.log.Last()}
+	for _, c := range batch {
+		c.err = c.run(t)
+	}
+	if len(t.records) > 0 {
+		if err := g.log.Append(t.records); err != nil {
+			// What is on disk is not known, so nothing may be answered: the process ends, and
+			// the next one reads the log.
+			g.logger.Error("appending to the log", "guild", g.id, "error", err)
+			panic(err)
+		}
+		g.events.Add(uint64(len(t.records)))
+	}
+	g.stream.Publish(t.frames...)
+	for _, c := range batch {
+		close(c.done)
+	}
+}
+
+// emit stages an event and applies it to the state. Its body must be a JSON object on one
+// line that check has accepted. It returns the event's number; for a volatile event the last one.
+func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
+	event := protocol.EventOf(name)
+	f := &fanout.Frame{Tag: event, Only: owners(users), Volatile: event.Volatile}
+	if event.Volatile {
+		f.Seq = t.last
+		f.Wire, _ = protocol.Dispatch(name, t.last, body)
+		t.frames = append(t.frames, f)
+		return t.last
+	}
+	t.last++
+	f.Seq = t.last
+	r := guildlog.Record{Seq: t.last, Time: t.g.now().UnixMilli(), Type: name, Users: users}
+	f.Wire, r.Data = protocol.Dispatch(name, t.last, body) // the log shares the frame's bytes
+	t.g.state.apply(&r)
+	t.records = append(t.records, r)
+	t.frames = append(t.frames, f)
+	return t.last
+}
+
+// derive stages a frame computed from the record emitted last, for one user.
+func (t *tx) derive(name string, body []byte, user snowflake.ID, gate fanout.Gate) {
+	f := &fanout.Frame{Seq: t.last, Tag: protocol.EventOf(name), Only: []uint64{uint64(user)}, Gate: gate}
+	f.Wire, _ = protocol.Dispatch(name, t.last, body)
+	t.frames = append(t.frames, f)
+}
+
+func owners(users []snowflake.ID) []uint64 {
+	if users == nil {
+		return nil
+	}
+	o := make([]uint64, len(users))
+	for i, u := range users {
+		o[i] = uint64(u)
+	}
+	return o
+}

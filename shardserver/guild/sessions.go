@@ -1,0 +1,204 @@
+package guild
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"sync"
+
+	"guildhall.dev/guildhall/shardserver/fanout"
+	"guildhall.dev/guildhall/shardserver/guildlog"
+	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/snowflake"
+)
+
+// Errors of Resume.
+var (
+	// ErrNotResumable: the log is another one, or what the session missed is not kept any more.
+	ErrNotResumable = errors.New("guild: session cannot be resumed")
+	// ErrFutureSeq: the number is above all that the log has.
+	ErrFutureSeq = errors.New("guild: number that was never sent")
+)
+
+// registry is who is connected. It is not part of the state: it ends with the process.
+type registry struct {
+	mu       sync.Mutex
+	sessions map[uint64]*attached // by the session id's random part
+	users    map[snowflake.ID]int // sessions of each user
+}
+
+type attached struct {
+	session *fanout.Session
+	user    snowflake.ID
+}
+
+func (r *registry) init() {
+	r.sessions = map[uint64]*attached{}
+	r.users = map[snowflake.ID]int{}
+}
+
+// attach registers a session. A session of the same id that is still there is ended: the newest counts.
+func (r *registry) attach(random uint64, user snowflake.ID, s *fanout.Session) {
+	r.mu.Lock()
+	old := r.sessions[random]
+	if old == nil {
+		r.users[user]++
+	}
+	r.sessions[random] = &attached{session: s, user: user}
+	r.mu.Unlock()
+	if old != nil {
+		old.session.End(errTakenOver)
+	}
+}
+
+var errTakenOver = errors.New("guild: session taken over by a newer connection")
+
+// detach forgets a session, unless a newer connection has taken it over.
+func (r *registry) detach(random uint64, s *fanout.Session) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	a := r.sessions[random]
+	if a == nil || a.session != s {
+		return
+	}
+	delete(r.sessions, random)
+	if r.users[a.user]--; r.users[a.user] == 0 {
+		delete(r.users, a.user)
+	}
+}
+
+func (r *registry) has(user snowflake.ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.users[user] > 0
+}
+
+func (r *registry) counts() (sessions, online int) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.sessions), len(r.users)
+}
+
+// view lets through the events that a session's intents ask for.
+type view struct{ intents uint64 }
+
+func (v *view) Admits(f *fanout.Frame) bool {
+	need := f.Tag.(*protocol.Event).Intents
+	return need == 0 || need&v.intents != 0
+}
+
+var views sync.Map // intents -> *view
+
+func viewOf(intents uint64) *view {
+	if v, ok := views.Load(intents); ok {
+		return v.(*view)
+	}
+	v, _ := views.LoadOrStore(intents, &view{intents: intents})
+	return v.(*view)
+}
+
+// Client is a connection that wants to become a session.
+type Client struct {
+	Session *fanout.Session
+	User    User
+	// Random tells the user's sessions apart.
+	Random  uint64
+	Intents uint64
+}
+
+// Snapshot is where a new session starts.
+type Snapshot struct {
+	// Base is the number of the snapshot: READY has Base-1.
+	Base uint64
+	// Guild is the body of GUILD_CREATE; nil for a user who is no member: the guild comes when they join.
+	Guild json.RawMessage
+}
+
+// Identify starts a session: ready is called with the snapshot to send the first messages, and
+// what happens in the guild from there on follows them. In an open guild the user joins.
+func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) error {
+	g.mu.RLock()
+	member := g.state.members[c.User.ID] != nil
+	g.mu.RUnlock()
+	if !member && g.Open() {
+		if _, _, err := g.Join(ctx, c.User); err != nil {
+			return err
+		}
+	}
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	select {
+	case <-g.closed:
+		return ErrClosed
+	default:
+	}
+	s := Snapshot{Base: g.log.Last()}
+	member = g.state.members[c.User.ID] != nil
+	if member {
+		s.Guild = g.snapshot(c.User.ID)
+	}
+	ready(s)
+	return g.follow(c, fanout.Start{GateOpen: member, Seq: s.Base})
+}
+
+// snapshot is GUILD_CREATE's body. g.mu is held for reading; the shared parts are made under a lock of their own.
+func (g *Guild) snapshot(user snowflake.ID) json.RawMessage {
+	g.snapshots.Lock()
+	defer g.snapshots.Unlock()
+	return g.state.guildCreate(g.id, user)
+}
+
+// follow attaches a session to the stream. g.mu is held for reading.
+func (g *Guild) follow(c Client, start fanout.Start) error {
+	start.View, start.Owner = viewOf(c.Intents), uint64(c.User.ID)
+	if err := c.Session.Follow(g.stream, start); err != nil {
+		return err
+	}
+	g.sessions.attach(c.Random, c.User.ID, c.Session)
+	return nil
+}
+
+// Detach forgets a session that has ended.
+func (g *Guild) Detach(c Client) { g.sessions.detach(c.Random, c.Session) }
+
+// Resumption is what a client asks to go on from.
+type Resumption struct {
+	Log  guildlog.ID
+	Base uint64
+	// Seq is the last number that the client has seen.
+	Seq uint64
+}
+
+// Resume continues a session: what it missed is replayed, then RESUMED, then what happens from
+// then on. A session that has not seen its snapshot gets a fresh one: fresh is called with it.
+func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	select {
+	case <-g.closed:
+		return ErrClosed
+	default:
+	}
+	last := g.log.Last()
+	switch {
+	case r.Log != g.log.ID():
+		return ErrNotResumable
+	case r.Seq > last:
+		return ErrFutureSeq
+	}
+	member := g.state.members[c.User.ID] != nil
+	start := fanout.Start{GateOpen: member, Seq: r.Seq, Replayed: protocol.Resumed}
+	if r.Seq < r.Base {
+		start.Seq = last
+		if member {
+			fresh(Snapshot{Base: last, Guild: g.snapshot(c.User.ID)})
+		}
+	}
+	if err := g.follow(c, start); err != nil {
+		if errors.Is(err, fanout.ErrDropped) {
+			return ErrNotResumable
+		}
+		return err
+	}
+	return nil
+}

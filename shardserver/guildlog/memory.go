@@ -1,0 +1,85 @@
+package guildlog
+
+import (
+	"sort"
+	"sync"
+	"time"
+)
+
+// memory is a log that ends with its process.
+type memory struct {
+	id  ID
+	now func() time.Time
+
+	mu        sync.RWMutex
+	retention Retention
+	records   []Record // oldest first
+	bytes     int64
+	dropped   uint64 // number of the newest dropped record
+	last      uint64
+}
+
+// NewMemory makes an empty log in memory, with a new ID. now is the clock.
+func NewMemory(r Retention, now func() time.Time) Log {
+	return &memory{id: NewID(), now: now, retention: r}
+}
+
+func (m *memory) ID() ID       { return m.id }
+func (m *memory) Epoch() int64 { return 1 }
+
+func (m *memory) Last() uint64 {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return m.last
+}
+
+func (m *memory) Resumable(seq uint64) bool {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	return seq >= m.dropped && seq <= m.last
+}
+
+func (m *memory) Append(records []Record) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if err := checkOrder(m.last, records); err != nil {
+		return err
+	}
+	for i := range records {
+		m.bytes += records[i].size()
+		m.last = records[i].Seq
+	}
+	m.records = append(m.records, records...)
+	m.drop()
+	return nil
+}
+
+func (m *memory) Read(seq uint64, limit int) ([]Record, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	if seq < m.dropped {
+		return nil, ErrDropped
+	}
+	from := sort.Search(len(m.records), func(i int) bool { return m.records[i].Seq > seq })
+	to := min(len(m.records), from+limit)
+	return append([]Record(nil), m.records[from:to]...), nil
+}
+
+func (m *memory) Retain(r Retention) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.retention = r
+	m.drop()
+}
+
+func (m *memory) drop() {
+	oldest := m.now().Add(-m.retention.Age).UnixMilli()
+	n := 0
+	for n < len(m.records)-1 && (m.bytes > m.retention.Bytes || m.records[n].Time < oldest) {
+		m.bytes -= m.records[n].size()
+		m.dropped = m.records[n].Seq
+		n++
+	}
+	clear(m.records[:n]) // for the garbage collector: the array behind the slice lives on
+	m.records = m.records[n:]
+}

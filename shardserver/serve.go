@@ -1,0 +1,379 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"flag"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"golang.org/x/net/netutil"
+	ctrl "sigs.k8s.io/controller-runtime"
+
+	v1 "guildhall.dev/guildhall/api/v1"
+	"guildhall.dev/guildhall/shardserver/admin"
+	"guildhall.dev/guildhall/shardserver/directory"
+	"guildhall.dev/guildhall/shardserver/fanout"
+	"guildhall.dev/guildhall/shardserver/gateway"
+	"guildhall.dev/guildhall/shardserver/kube"
+	"guildhall.dev/guildhall/shardserver/manifest"
+	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/report"
+	"guildhall.dev/guildhall/shardserver/rest"
+	"guildhall.dev/guildhall/shardserver/snowflake"
+	"guildhall.dev/guildhall/shardserver/token"
+)
+
+const (
+	// keysPeriod is how often the key set is read again.
+	keysPeriod = 5 * time.Second
+	// shutdownTimeout bounds the orderly end of the process.
+	shutdownTimeout = 30 * time.Second
+	// reservedFiles are descriptors kept for everything but connections.
+	reservedFiles = 1000
+)
+
+// config of "shardserver serve".
+type config struct {
+	file                  string
+	namespace             string
+	shardName, shardUID   string
+	listen, listenTLS     string
+	adminListen           string
+	keysDir, tlsDir, data string
+	podAddress            string
+	resolvePod            func(shard string) string
+	logger                *slog.Logger
+}
+
+func serveCommand(ctx context.Context, args []string) error {
+	var c config
+	fs := flag.NewFlagSet("shardserver serve", flag.ContinueOnError)
+	fs.StringVar(&c.file, "file", "", "run alone, with the Guilds and the GuildShard of this YAML file")
+	fs.StringVar(&c.namespace, "namespace", "", "namespace of the GuildShard")
+	fs.StringVar(&c.shardName, "shard-name", "", "name of the GuildShard that this process serves")
+	fs.StringVar(&c.shardUID, "shard-uid", "", "uid of that GuildShard")
+	fs.StringVar(&c.listen, "listen", ":8080", "address of the gateway and REST")
+	fs.StringVar(&c.listenTLS, "listen-tls", ":8443", "address of the same over TLS, with --tls-dir")
+	fs.StringVar(&c.adminListen, "admin-listen", ":9090", "address of health, metrics and report")
+	fs.StringVar(&c.keysDir, "keys-dir", defaultKeysDir, "directory of the key set; with --file it is made when missing")
+	fs.StringVar(&c.tlsDir, "tls-dir", "", "directory with tls.crt and tls.key, re-read when they change")
+	fs.StringVar(&c.data, "data-dir", "", "directory of the volume; logs are in memory in this version")
+	fs.StringVar(&c.podAddress, "pod-address", "{shard}-0.{shard}-pods.{namespace}.svc:8080",
+		"address of the gateway of another GuildShard's pod")
+	if err := parse(fs, args); err != nil {
+		return err
+	}
+	c.logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	switch {
+	case c.file == "" && (c.namespace == "" || c.shardName == "" || c.shardUID == ""):
+		return errors.New("serve: expected --file, or --namespace, --shard-name and --shard-uid")
+	case c.file != "" && (c.namespace != "" || c.shardName != "" || c.shardUID != ""):
+		return errors.New("serve: --file excludes --namespace, --shard-name and --shard-uid")
+	}
+	c.resolvePod = func(shard string) string {
+		return strings.NewReplacer("{shard}", shard, "{namespace}", c.namespace).Replace(c.podAddress)
+	}
+	return serve(ctx, c)
+}
+
+// server is a running shard server.
+type server struct {
+	config
+	keys      atomic.Pointer[token.Keys]
+	core      *fanout.Core
+	directory *directory.Directory
+	gateway   *gateway.Gateway
+	rest      *rest.Handler
+	draining  atomic.Bool
+}
+
+// serve runs a shard server until ctx ends, and then lets its sessions go in an orderly way.
+func serve(ctx context.Context, c config) error {
+	s := &server{config: c}
+	var alone *manifest.Manifest
+	if c.file != "" {
+		var err error
+		if alone, err = manifest.Load(c.file); err != nil {
+			return err
+		}
+		if err := makeKeys(c.keysDir); err != nil {
+			return fmt.Errorf("making a key set: %w", err)
+		}
+		s.shardName, s.shardUID = alone.Shard.Name, string(alone.Shard.UID)
+	}
+	keys, err := token.LoadKeys(c.keysDir)
+	if err != nil {
+		return err
+	}
+	s.keys.Store(keys)
+
+	s.core = fanout.New(fanout.Options{
+		Noop:    protocol.Noop,
+		Overrun: func() []byte { return protocol.CloseFrame(protocol.CloseUnknownError, "fell too far behind") },
+	})
+	defer s.core.Stop()
+	var meter *admin.LoadMeter
+	s.directory = directory.New(directory.Options{
+		ShardName: s.shardName, ShardUID: s.shardUID, Version: version, Core: s.core,
+		PodAddress: c.resolvePod, Load: func() report.Load { return meter.Load() }, Logger: c.logger,
+	})
+	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Keys: s.keys.Load, Logger: c.logger})
+	meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
+	s.rest = rest.New(rest.Options{Directory: s.directory, Keys: s.keys.Load, Logger: c.logger, HoldTime: gateway.HoldTime})
+
+	listeners, err := s.listenAll()
+	if err != nil {
+		return err
+	}
+	var group sync.WaitGroup
+	failed := make(chan error, 8)
+	start := func(what string, f func() error) {
+		group.Go(func() {
+			if err := f(); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, context.Canceled) {
+				failed <- fmt.Errorf("%s: %w", what, err)
+			}
+		})
+	}
+	clients := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(c.logger.Handler(), slog.LevelDebug)}
+	admins := &http.Server{Handler: admin.NewHandler(admin.Options{Ready: s.ready, Report: s.directory.Report, Metrics: s.metrics()}),
+		ReadHeaderTimeout: 10 * time.Second}
+	start("gateway", func() error { return clients.Serve(listeners.plain) })
+	if listeners.tls != nil {
+		start("gateway over TLS", func() error { return clients.Serve(listeners.tls) })
+	}
+	start("admin", func() error { return admins.Serve(listeners.admin) })
+
+	background, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	start("keys", func() error { return s.watchKeys(background) })
+	if alone != nil {
+		s.runAlone(alone, listeners.plain.Addr())
+	} else {
+		restConfig, err := ctrl.GetConfig()
+		if err != nil {
+			return fmt.Errorf("finding the Kubernetes API: %w", err)
+		}
+		start("kubernetes", func() error { return kube.Feed(background, restConfig, c.namespace, c.shardName, s.directory) })
+	}
+	c.logger.Info("shard server started", "version", version, "shard", s.shardName, "gateway", listeners.plain.Addr(), "admin", listeners.admin.Addr())
+
+	select {
+	case <-ctx.Done():
+	case err = <-failed:
+	}
+	c.logger.Info("shard server stopping")
+	s.draining.Store(true)
+	end, stop := context.WithTimeout(context.Background(), shutdownTimeout)
+	defer stop()
+	s.gateway.Drain(end)
+	s.directory.Stop()
+	clients.Shutdown(end)
+	admins.Shutdown(end)
+	cancel()
+	group.Wait()
+	return err
+}
+
+type listeners struct {
+	plain, tls, admin net.Listener
+}
+
+func (s *server) listenAll() (l listeners, err error) {
+	// Connections beyond what descriptors allow wait in the kernel's queue: they are held, not refused.
+	limit := connectionLimit()
+	listen := func(flagName, address string) net.Listener {
+		if err != nil {
+			return nil
+		}
+		var ln net.Listener
+		if ln, err = net.Listen("tcp", address); err != nil {
+			err = fmt.Errorf("--%s: %w", flagName, err)
+		}
+		return ln
+	}
+	if l.plain = listen("listen", s.listen); err == nil {
+		l.plain = netutil.LimitListener(l.plain, limit)
+	}
+	l.admin = listen("admin-listen", s.adminListen)
+	if s.tlsDir != "" {
+		if ln := listen("listen-tls", s.listenTLS); err == nil {
+			certificate := &certificate{dir: s.tlsDir}
+			if _, err = certificate.get(nil); err == nil {
+				l.tls = tls.NewListener(netutil.LimitListener(ln, limit), &tls.Config{
+					GetCertificate: certificate.get, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12,
+				})
+			}
+		}
+	}
+	return l, err
+}
+
+// connectionLimit is how many connections the process may have by its descriptor limit.
+func connectionLimit() int {
+	var r syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &r); err != nil || r.Cur > 1<<20 {
+		return 1 << 20
+	}
+	return max(int(r.Cur)-reservedFiles, 64)
+}
+
+// certificate is read again when its file has changed.
+type certificate struct {
+	dir string
+
+	mu       sync.Mutex
+	modified time.Time
+	loaded   *tls.Certificate
+}
+
+func (c *certificate) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	crt, key := filepath.Join(c.dir, "tls.crt"), filepath.Join(c.dir, "tls.key")
+	info, err := os.Stat(crt)
+	if err != nil {
+		return c.loaded, errorUnless(c.loaded != nil, fmt.Errorf("--tls-dir: %w", err))
+	}
+	if c.loaded != nil && info.ModTime().Equal(c.modified) {
+		return c.loaded, nil
+	}
+	pair, err := tls.LoadX509KeyPair(crt, key)
+	if err != nil {
+		return c.loaded, errorUnless(c.loaded != nil, fmt.Errorf("--tls-dir: %w", err))
+	}
+	c.loaded, c.modified = &pair, info.ModTime()
+	return c.loaded, nil
+}
+
+func errorUnless(ok bool, err error) error {
+	if ok {
+		return nil
+	}
+	return err
+}
+
+// ServeHTTP serves what clients ask for: /g/<guild id>/ is the guild's gateway, and REST is
+// below /g/<guild id>/api/v10/ or v9.
+func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	rest, ok := strings.CutPrefix(r.URL.Path, "/g/")
+	if !ok {
+		http.Error(w, "expected /g/<guild id>/ for the gateway or /g/<guild id>/api/v10/... for REST", http.StatusNotFound)
+		return
+	}
+	guild, rest, _ := strings.Cut(rest, "/")
+	id, err := snowflake.Parse(guild)
+	if err != nil {
+		http.Error(w, "/g/<guild id>/: "+err.Error(), http.StatusNotFound)
+		return
+	}
+	if rest == "" {
+		s.gateway.Serve(w, r, id)
+		return
+	}
+	for _, prefix := range []string{"api/v10", "api/v9"} {
+		if path, ok := strings.CutPrefix(rest, prefix); ok && strings.HasPrefix(path, "/") {
+			s.rest.Serve(w, r, id, path)
+			return
+		}
+	}
+	http.Error(w, "expected /g/<guild id>/ for the gateway or /g/<guild id>/api/v10/... for REST", http.StatusNotFound)
+}
+
+var (
+	errDraining  = errors.New("stopping")
+	errNotSynced = errors.New("the namespace's guilds are not known yet")
+)
+
+func (s *server) ready() error {
+	switch {
+	case s.draining.Load():
+		return errDraining
+	case !s.directory.Synced():
+		return errNotSynced
+	}
+	return nil
+}
+
+// watchKeys reads the key set again as it changes. While it is unreadable the last one counts.
+func (s *server) watchKeys(ctx context.Context) error {
+	tick := time.NewTicker(keysPeriod)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		keys, err := token.LoadKeys(s.keysDir)
+		if err != nil {
+			s.logger.Error("key set not read again", "error", err)
+			continue
+		}
+		s.keys.Store(keys)
+	}
+}
+
+// runAlone applies what the file has. Addresses that it does not give are this process's own.
+func (s *server) runAlone(m *manifest.Manifest, address net.Addr) {
+	if m.Shard.Spec.Gateway == nil {
+		m.Shard.Spec.Gateway = &v1.ShardGateway{}
+	}
+	own := address.String()
+	if host, port, err := net.SplitHostPort(own); err == nil && net.ParseIP(host).IsUnspecified() {
+		own = net.JoinHostPort("127.0.0.1", port)
+	}
+	if g := m.Shard.Spec.Gateway; g.FrontDoorURL == "" {
+		g.FrontDoorURL = g.PublicURL
+		if g.FrontDoorURL == "" {
+			g.FrontDoorURL = v1.GatewayURL("ws://" + own)
+		}
+	}
+	s.directory.ApplyShard(m.Shard)
+	for _, g := range m.Guilds {
+		s.directory.Apply(g)
+		s.logger.Info("guild serving", "guild", g.Name, "url", s.directory.Addresses(g).Gateway)
+	}
+	s.directory.SetSynced()
+}
+
+func (s *server) totals() admin.Totals {
+	return admin.Totals{Events: s.directory.Events(), Deliveries: s.core.Stats().Deliveries}
+}
+
+// metrics are what /metrics shows.
+func (s *server) metrics() prometheus.Gatherer {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	gauge := func(name, help string, f func() float64) {
+		r.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Namespace: "guildhall", Name: name, Help: help}, f))
+	}
+	counter := func(name, help string, f func() float64) {
+		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Namespace: "guildhall", Name: name, Help: help}, f))
+	}
+	gauge("guilds", "Guilds that this process holds.", func() float64 { n, _ := s.directory.Holding(); return float64(n) })
+	gauge("sessions", "Connections that have identified or resumed, or may now.", func() float64 { return float64(s.gateway.Sessions()) })
+	gauge("connections", "All client connections.", func() float64 { return float64(s.gateway.Connections()) })
+	gauge("connections_held", "Connections that wait until their guild can serve them.", func() float64 { return float64(s.gateway.Held()) })
+	gauge("connections_spliced", "Connections forwarded to the pod that holds their guild.", func() float64 { return float64(s.gateway.Spliced()) })
+	gauge("sessions_lagging", "Sessions whose socket takes no more at present.", func() float64 { return float64(s.core.Stats().Parked) })
+	counter("events_total", "Events appended to the logs.", func() float64 { return float64(s.directory.Events()) })
+	counter("deliveries_total", "Events written to sessions.", func() float64 { return float64(s.core.Stats().Deliveries) })
+	counter("writes_total", "Write calls on sockets of sessions.", func() float64 { return float64(s.core.Stats().Writes) })
+	counter("written_bytes_total", "Bytes written to sockets of sessions.", func() float64 { return float64(s.core.Stats().Bytes) })
+	counter("overruns_total", "Sessions closed since they fell behind what their guild keeps.", func() float64 { return float64(s.core.Stats().Overruns) })
+	return r
+}
