@@ -5,6 +5,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/shardserver/report"
@@ -99,4 +101,58 @@ func TestGuildIsDeletedWhenItsShardLetsGo(t *testing.T) {
 	if took := time.Since(began); took > 5*time.Second {
 		t.Errorf("they went after %s, want at once", took)
 	}
+}
+
+func TestGuildOfAShardThatFallsSilent(t *testing.T) {
+	w := newWorld(t)
+	w.operate()
+	w.create(makeShard(w.namespace, "shard-a").Obj(), makeGuild(w.namespace, "lobby").Obj())
+	w.guildIs("lobby", reasonServing)
+	w.node.mute("shard-a", true)
+	g := w.guildIs("lobby", "!"+reasonShardNotReady)
+	if got := reason(g.Status.Conditions, condLoadFresh); got != "!"+reasonStale {
+		t.Errorf("LoadFresh is %s", got)
+	}
+	w.shardIs("shard-a", condReady, "!"+reasonNotReporting)
+	w.node.mute("shard-a", false)
+	w.guildIs("lobby", reasonServing)
+
+	// A process that has ended took its guilds along; the next one opens them again.
+	first := w.shard("shard-a").Status.BootID
+	if err := w.client.Delete(t.Context(), get[corev1.Pod](w, "shard-a-0")); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, func() string {
+		if w.shard("shard-a").Status.BootID == first {
+			return "another process"
+		}
+		return ""
+	})
+	w.guildIs("lobby", reasonServing)
+}
+
+func TestEventsTellOfTransitions(t *testing.T) {
+	w := newWorld(t)
+	w.operate()
+	w.create(makeShard(w.namespace, "shard-a").Capacity(1).Obj(), makeGuild(w.namespace, "lobby").Obj())
+	w.guildIs("lobby", reasonServing)
+	w.create(makeGuild(w.namespace, "late").Obj())
+	w.guildIs("late", "!"+reasonShardsFull)
+	eventually(t, 10*time.Second, func() string {
+		var events eventsv1.EventList
+		if err := w.client.List(t.Context(), &events, client.InNamespace(w.namespace)); err != nil {
+			return err.Error()
+		}
+		missing := map[string]bool{"Normal Placed lobby": true, "Normal Ready lobby": true, "Warning ShardsFull late": true, "Normal Ready shard-a": true}
+		for _, e := range events.Items {
+			delete(missing, e.Type+" "+e.Reason+" "+e.Regarding.Name)
+			if e.Action == "" {
+				t.Errorf("event %s has no action", e.Reason)
+			}
+		}
+		for event := range missing {
+			return "event " + event
+		}
+		return ""
+	})
 }

@@ -77,10 +77,11 @@ type placementInput struct {
 // left empty is to be made. The order of the input does not matter.
 func planPlacement(in placementInput) map[types.UID]decision {
 	p := placementPlan{
-		shards:    map[string]plannedShard{},
-		used:      map[shardRef]int{},
-		holders:   map[string]*plannedGuild{},
-		decisions: make(map[types.UID]decision, len(in.guilds)),
+		shards:     map[string]plannedShard{},
+		used:       map[shardRef]int{},
+		holders:    map[string]*plannedGuild{},
+		unreported: map[string]bool{},
+		decisions:  make(map[types.UID]decision, len(in.guilds)),
 	}
 	for _, s := range in.shards {
 		p.shards[s.name] = s
@@ -88,6 +89,9 @@ func planPlacement(in placementInput) map[types.UID]decision {
 	}
 	slices.SortFunc(p.order, func(a, b plannedShard) int { return cmp.Compare(a.name, b.name) })
 
+	for _, name := range in.unreported {
+		p.unreported[name] = true
+	}
 	guilds := make([]*plannedGuild, len(in.guilds))
 	for i := range in.guilds {
 		g := in.guilds[i]
@@ -97,6 +101,9 @@ func planPlacement(in placementInput) map[types.UID]decision {
 			} else {
 				g.booked = r
 			}
+		}
+		if g.lost && g.booked == (booking{}) && in.reported[g.uid] == (booking{}) {
+			p.unfound++
 		}
 		if g.booked.shard != (shardRef{}) && !p.exists(g.booked.shard) {
 			g.booked.shard = shardRef{} // its log ended with the shard
@@ -121,11 +128,14 @@ func planPlacement(in placementInput) map[types.UID]decision {
 
 // placementPlan is a plan in the making.
 type placementPlan struct {
-	shards    map[string]plannedShard
-	order     []plannedShard
-	used      map[shardRef]int
-	holders   map[string]*plannedGuild
-	decisions map[types.UID]decision
+	shards map[string]plannedShard
+	order  []plannedShard
+	used   map[shardRef]int
+	// unreported shards may hold as many guilds more as are lost and unfound.
+	unreported map[string]bool
+	unfound    int
+	holders    map[string]*plannedGuild
+	decisions  map[types.UID]decision
 }
 
 func (p *placementPlan) exists(s shardRef) bool {
@@ -178,7 +188,11 @@ func (p *placementPlan) place(g *plannedGuild) (best shardRef, reason, message s
 			continue
 		}
 		active++
-		if free := s.capacity - p.used[s.shardRef]; free > most {
+		free := s.capacity - p.used[s.shardRef]
+		if p.unreported[s.name] {
+			free -= p.unfound
+		}
+		if free > most {
 			best, most = s.shardRef, free
 		}
 	}
