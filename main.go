@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -13,6 +14,7 @@ import (
 	"time"
 
 	"github.com/go-logr/logr"
+	"k8s.io/apimachinery/pkg/runtime"
 	clientgoscheme "k8s.io/client-go/kubernetes/scheme"
 	"k8s.io/client-go/rest"
 	"k8s.io/klog/v2"
@@ -21,8 +23,6 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 	"sigs.k8s.io/controller-runtime/pkg/metrics/filters"
 	metricsserver "sigs.k8s.io/controller-runtime/pkg/metrics/server"
-
-	"k8s.io/apimachinery/pkg/runtime"
 
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/controllers"
@@ -153,6 +153,8 @@ func managerOptions(s settings, scheme *runtime.Scheme, config *rest.Config) ctr
 		Metrics: metricsserver.Options{
 			BindAddress:   s.metricsAddress,
 			SecureServing: s.metricsSecure,
+			// HTTP/2 has no use here, and its streams can be abused (CVE-2023-44487).
+			TLSOpts: []func(*tls.Config){func(c *tls.Config) { c.NextProtos = []string{"http/1.1"} }},
 		},
 	}
 	if s.metricsSecure {

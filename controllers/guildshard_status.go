@@ -182,8 +182,7 @@ func loadMoved(was, is report.Load) bool {
 	moved := func(a, b, floor int64) bool {
 		return max(a-b, b-a) > max(floor, a/5)
 	}
-	return rounded(was.Sessions) != rounded(is.Sessions) && was.Sessions != 0 ||
-		moved(was.EventsPerSecond, is.EventsPerSecond, 10) ||
+	return moved(was.EventsPerSecond, is.EventsPerSecond, 10) ||
 		moved(was.DeliveriesPerSecond, is.DeliveriesPerSecond, 100) ||
 		moved(was.CPUMilli, is.CPUMilli, 100) ||
 		moved(was.MemoryBytes, is.MemoryBytes, 32<<20) ||

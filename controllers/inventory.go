@@ -48,8 +48,9 @@ type shardRecord struct {
 	revision int64
 	load     report.Load
 	guilds   map[types.UID]report.Guild
-	// told is the freshness that the reconcilers have been told of.
-	told freshness
+	// told and toldLoad are what the reconcilers have been told of.
+	told     freshness
+	toldLoad report.Load
 }
 
 // shardView is a copy of a record without its guilds.
@@ -128,8 +129,11 @@ func (inv *inventory) take(key types.NamespacedName, uid types.UID, rep *report.
 	}
 	var n news
 	n.process = r.bootID != rep.BootID || r.freshness(now) != fresh || r.told != fresh
-	n.shard = n.process ||
-		loadMoved(r.load, rep.Load) || r.durable != rep.Durable || r.version != rep.Version
+	n.shard = n.process || r.durable != rep.Durable || r.version != rep.Version ||
+		rounded(r.toldLoad.Sessions) != rounded(rep.Load.Sessions) || loadMoved(r.toldLoad, rep.Load)
+	if n.shard {
+		r.toldLoad = rep.Load
+	}
 	n.identities = !r.complete
 
 	changed := make(map[types.UID]report.Guild, len(rep.Guilds))

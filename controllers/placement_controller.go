@@ -71,6 +71,10 @@ func (r *placementReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 	if err := r.cache.List(ctx, &shards, client.InNamespace(namespace), client.UnsafeDisableDeepCopy); err != nil {
 		return ctrl.Result{}, fmt.Errorf("listing GuildShards: %w", err)
 	}
+	if len(guilds.Items) == 0 && len(shards.Items) == 0 {
+		r.drop(namespace)
+		return ctrl.Result{}, nil
+	}
 	l := r.ledger(namespace)
 	in := placementInput{}
 	for i := range shards.Items {
@@ -232,6 +236,13 @@ func (r *placementReconciler) ledger(namespace string) *ledger {
 		r.ledgers[namespace] = l
 	}
 	return l
+}
+
+// drop forgets a namespace that has nothing to place.
+func (r *placementReconciler) drop(namespace string) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.ledgers, namespace)
 }
 
 func (r *placementReconciler) lookup(l *ledger, guild types.UID) (decision, bool) {

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
@@ -206,6 +207,9 @@ type auditEvent struct {
 		Name        string `json:"name"`
 		Subresource string `json:"subresource"`
 	} `json:"objectRef"`
+	ResponseStatus struct {
+		Code int `json:"code"`
+	} `json:"responseStatus"`
 	StageTimestamp metav1.MicroTime `json:"stageTimestamp"`
 }
 
@@ -216,6 +220,26 @@ func (e auditEvent) String() string {
 // writes returns the writes to a namespace since a time that no excused agent made, without leases.
 func (s *apiServer) writes(t *testing.T, namespace string, since time.Time, excused ...string) []string {
 	t.Helper()
+	return s.audited(t, func(e auditEvent) bool {
+		for _, agent := range excused {
+			if strings.HasPrefix(e.UserAgent, agent) {
+				return false
+			}
+		}
+		return e.ObjectRef.Namespace == namespace && e.ObjectRef.Resource != "leases" && !e.StageTimestamp.Time.Before(since)
+	})
+}
+
+// refused returns the writes to a namespace since a time that the writer had no right to.
+func (s *apiServer) refused(t *testing.T, namespace string, since time.Time) []string {
+	t.Helper()
+	return s.audited(t, func(e auditEvent) bool {
+		return e.ObjectRef.Namespace == namespace && e.ResponseStatus.Code == http.StatusForbidden && !e.StageTimestamp.Time.Before(since)
+	})
+}
+
+func (s *apiServer) audited(t *testing.T, wanted func(auditEvent) bool) []string {
+	t.Helper()
 	f, err := os.Open(s.audit)
 	if err != nil {
 		t.Fatal(err)
@@ -224,21 +248,12 @@ func (s *apiServer) writes(t *testing.T, namespace string, since time.Time, excu
 	var out []string
 	lines := bufio.NewScanner(f)
 	lines.Buffer(nil, 1<<20)
-scan:
 	for lines.Scan() {
 		var e auditEvent
-		if err := json.Unmarshal(lines.Bytes(), &e); err != nil {
-			continue // the last line may be half written
+		// The last line may be half written.
+		if err := json.Unmarshal(lines.Bytes(), &e); err == nil && wanted(e) {
+			out = append(out, e.String())
 		}
-		if e.ObjectRef.Namespace != namespace || e.ObjectRef.Resource == "leases" || e.StageTimestamp.Time.Before(since) {
-			continue
-		}
-		for _, agent := range excused {
-			if strings.HasPrefix(e.UserAgent, agent) {
-				continue scan
-			}
-		}
-		out = append(out, e.String())
 	}
 	if err := lines.Err(); err != nil {
 		t.Fatal(err)
