@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"os"
 	"strconv"
@@ -180,13 +181,18 @@ func (r *reader) addShard(obj map[string]any) {
 	r.Shard = shard
 }
 
-// convert judges obj and makes it a typed object.
+// convert judges obj and makes it a typed object; a faulty one with no more than what is
+// compared with other documents.
 func (r *reader) convert(k *kind, obj map[string]any, into runtime.Object) {
 	r.at += fmt.Sprintf(", %s", obj["kind"])
 	if name, _, _ := unstructured.NestedString(obj, "metadata", "name"); name != "" {
 		r.at += fmt.Sprintf(" %q", name)
 	}
 	errs := k.admit(obj)
+	if errs != nil {
+		spec, _ := obj["spec"].(map[string]any)
+		maps.DeleteFunc(spec, func(name string, _ any) bool { return name != "id" && name != "capacity" })
+	}
 	if err := runtime.DefaultUnstructuredConverter.FromUnstructured(obj, into); err != nil && errs == nil {
 		errs = []error{err}
 	}
@@ -311,7 +317,7 @@ func jsonValue(path *field.Path, v any) (any, error) {
 		}
 		return list, nil
 	case map[any]any:
-		object := make(map[string]any, len(v))
+		fields := make(map[string]any, len(v))
 		for key, e := range v {
 			var name string
 			switch key := key.(type) {
@@ -322,15 +328,15 @@ func jsonValue(path *field.Path, v any) (any, error) {
 			default:
 				return nil, field.Invalid(path.Child(fmt.Sprint(key)), key, "the name of a field must be a string")
 			}
-			if _, ok := object[name]; ok {
+			if _, ok := fields[name]; ok {
 				return nil, field.Duplicate(path.Child(name), name)
 			}
 			var err error
-			if object[name], err = jsonValue(path.Child(name), e); err != nil {
+			if fields[name], err = jsonValue(path.Child(name), e); err != nil {
 				return nil, err
 			}
 		}
-		return object, nil
+		return fields, nil
 	}
 	return nil, field.Invalid(path, fmt.Sprint(v), "has no place in JSON")
 }
