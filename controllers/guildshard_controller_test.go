@@ -337,3 +337,28 @@ func TestPodMeetsTheRestrictedStandard(t *testing.T) {
 		})
 	}
 }
+
+func TestShardsMadeTogetherAllStart(t *testing.T) {
+	w := newWorld(t)
+	w.operate()
+	for round := range 5 {
+		// Each round begins with a namespace without shards.
+		var shards []*v1.GuildShard
+		for i := range 4 {
+			s := makeShard(w.namespace, fmt.Sprintf("shard-%d-%d", round, i)).Obj()
+			w.create(s)
+			shards = append(shards, s)
+		}
+		for _, s := range shards {
+			w.shardIs(s.Name, condReady, reasonServing)
+		}
+		for _, s := range shards {
+			if err := w.client.Delete(t.Context(), s); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for _, s := range shards {
+			w.gone(s)
+		}
+	}
+}

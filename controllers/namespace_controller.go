@@ -77,8 +77,8 @@ func (r *namespaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 		state.conflict = conflict.Error()
 	}
 	if r.setState(namespace, state) {
-		for i := range shards.Items {
-			r.shards.wake(client.ObjectKeyFromObject(&shards.Items[i]))
+		if err := r.wakeShards(ctx, namespace); err != nil {
+			return ctrl.Result{}, err
 		}
 	}
 	switch {
@@ -90,6 +90,19 @@ func (r *namespaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 		return ctrl.Result{}, err
 	}
 	return ctrl.Result{RequeueAfter: keysCheck}, nil
+}
+
+// wakeShards has the shards look at a new state. It lists them after the state is set: a shard
+// that has seen none before is in the cache by now, and one that comes later finds it.
+func (r *namespaceReconciler) wakeShards(ctx context.Context, namespace string) error {
+	var shards v1.GuildShardList
+	if err := r.List(ctx, &shards, client.InNamespace(namespace), client.UnsafeDisableDeepCopy); err != nil {
+		return fmt.Errorf("listing GuildShards: %w", err)
+	}
+	for i := range shards.Items {
+		r.shards.wake(client.ObjectKeyFromObject(&shards.Items[i]))
+	}
+	return nil
 }
 
 func (r *namespaceReconciler) ensureAll(ctx context.Context, namespace string, tls bool) error {

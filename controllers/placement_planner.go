@@ -77,27 +77,27 @@ type placementInput struct {
 // left empty is to be made. The order of the input does not matter.
 func planPlacement(in placementInput) map[types.UID]decision {
 	p := placementPlan{
-		shards:     map[string]plannedShard{},
-		used:       map[shardRef]int{},
-		holders:    map[string]*plannedGuild{},
-		unreported: map[string]bool{},
-		decisions:  make(map[types.UID]decision, len(in.guilds)),
+		shards:    map[string]*shardPlan{},
+		holders:   map[string]*plannedGuild{},
+		decisions: make(map[types.UID]decision, len(in.guilds)),
 	}
 	for _, s := range in.shards {
-		p.shards[s.name] = s
-		p.order = append(p.order, s)
+		p.shards[s.name] = &shardPlan{plannedShard: s}
+		p.order = append(p.order, p.shards[s.name])
 	}
-	slices.SortFunc(p.order, func(a, b plannedShard) int { return cmp.Compare(a.name, b.name) })
-
+	slices.SortFunc(p.order, func(a, b *shardPlan) int { return cmp.Compare(a.name, b.name) })
 	for _, name := range in.unreported {
-		p.unreported[name] = true
+		if s := p.shards[name]; s != nil {
+			s.unreported = true
+		}
 	}
+
 	guilds := make([]*plannedGuild, len(in.guilds))
 	for i := range in.guilds {
 		g := in.guilds[i]
 		if r, ok := in.reported[g.uid]; ok && g.booked == (booking{}) && p.exists(r.shard) {
 			if g.lost && len(in.unreported) > 0 {
-				p.used[r.shard]++ // it will come back there
+				p.shards[r.shard.name].used++ // it will come back there
 			} else {
 				g.booked = r
 			}
@@ -128,14 +128,19 @@ func planPlacement(in placementInput) map[types.UID]decision {
 
 // placementPlan is a plan in the making.
 type placementPlan struct {
-	shards map[string]plannedShard
-	order  []plannedShard
-	used   map[shardRef]int
-	// unreported shards may hold as many guilds more as are lost and unfound.
-	unreported map[string]bool
-	unfound    int
-	holders    map[string]*plannedGuild
-	decisions  map[types.UID]decision
+	shards map[string]*shardPlan
+	order  []*shardPlan
+	// unfound guilds are lost, and no report has them: each unreported shard may.
+	unfound   int
+	holders   map[string]*plannedGuild
+	decisions map[types.UID]decision
+}
+
+// shardPlan is a shard with the guilds that it gets.
+type shardPlan struct {
+	plannedShard
+	used       int
+	unreported bool
 }
 
 func (p *placementPlan) exists(s shardRef) bool {
@@ -165,7 +170,7 @@ func (p *placementPlan) decide(g *plannedGuild, unreported []string) decision {
 		d.shard, d.reason, d.message = p.place(g)
 	}
 	if d.placed() {
-		p.used[d.shard]++
+		p.shards[d.shard.name].used++
 	} else if g.booked.id == "" {
 		d.id = "" // given with the place
 	}
@@ -188,8 +193,8 @@ func (p *placementPlan) place(g *plannedGuild) (best shardRef, reason, message s
 			continue
 		}
 		active++
-		free := s.capacity - p.used[s.shardRef]
-		if p.unreported[s.name] {
+		free := s.capacity - s.used
+		if s.unreported {
 			free -= p.unfound
 		}
 		if free > most {
