@@ -232,9 +232,9 @@ var ruleCases = []ruleCase{
 	required("GuildShard .spec.storage.size", "spec.storage", "{size: 1Gi}", "{whenDeleted: Retain}"),
 	bound("GuildShard .spec.storage.size pattern", "1.5Gi", "1GB", "should match"),
 	{
-		rule:     "GuildShard .spec.storage.size validation: must be at least 64Mi",
-		accepted: each("spec.storage.size", "64Mi", "67108864", "1Gi", "1.5e9"),
-		refused:  each("spec.storage.size", "63Mi", "67108863", "-1Gi", `"0"`),
+		rule:     "GuildShard .spec.storage.size validation: must be at least 64Mi, in digits with a suffix such as Mi or Gi",
+		accepted: each("spec.storage.size", "64Mi", "67108864", "1Gi", "1.5G"),
+		refused:  each("spec.storage.size", "63Mi", "67108863", "-1Gi", `"0"`, `"1e999999999"`),
 	},
 	{
 		rule:     "GuildShard .spec validation: storage cannot be taken away: the logs of the shard's guilds are on it",
@@ -273,9 +273,9 @@ var ruleCases = []ruleCase{
 	notEmpty("GuildShard .spec.retention", "{age: 1h}"),
 	bound("GuildShard .spec.retention.bytes pattern", "1.5Gi", "1GB", "should match"),
 	{
-		rule:     "GuildShard .spec.retention.bytes validation: must be between 1Mi and 1Ti",
+		rule:     "GuildShard .spec.retention.bytes validation: must be between 1Mi and 1Ti, in digits with a suffix such as Mi or Gi",
 		accepted: each("spec.retention.bytes", "1Mi", "1048576", "1Ti"),
-		refused:  each("spec.retention.bytes", "1023Ki", "1048575", "1025Gi", `"-1Mi"`),
+		refused:  each("spec.retention.bytes", "1023Ki", "1048575", "1025Gi", `"-1Mi"`, `"1e-999999999"`),
 	},
 	bound("GuildShard .spec.retention.age maxLength", "1h0m0.000000000000000000000000s", "1h0m0.00000000000000000000000000s", "may not be more than 32 bytes"),
 	{

@@ -76,11 +76,12 @@ const (
 // ShardStorage is the volume of the guilds' logs.
 //
 // +kubebuilder:validation:XValidation:rule="has(self.storageClassName) == has(oldSelf.storageClassName) && (!has(self.storageClassName) || self.storageClassName == oldSelf.storageClassName)",fieldPath=".storageClassName",message="storageClassName is immutable: a volume cannot change its class",reason=FieldValueForbidden
-// +kubebuilder:validation:XValidation:rule="quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",fieldPath=".size",message="size can only grow",reason=FieldValueForbidden
+// +kubebuilder:validation:XValidation:rule="!string(self.size).matches('[eE][+-]?[0-9]') && quantity(string(self.size)).compareTo(quantity(string(oldSelf.size))) >= 0",fieldPath=".size",message="size can only grow",reason=FieldValueForbidden
 type ShardStorage struct {
-	// size of the volume, at least 64Mi; it can only grow.
+	// size of the volume, at least 64Mi; it can only grow. Exponents are refused: comparing
+	// 1e999999999 would keep the API server busy for minutes.
 	// +required
-	// +kubebuilder:validation:XValidation:rule="quantity(string(self)).compareTo(quantity('64Mi')) >= 0",message="must be at least 64Mi"
+	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[0-9]{1,15}([.][0-9]{1,3})?([kMGTPE]|[KMGTPE]i)?$') && quantity(string(self)).compareTo(quantity('64Mi')) >= 0",message="must be at least 64Mi, in digits with a suffix such as Mi or Gi"
 	Size resource.Quantity `json:"size,omitempty,omitzero"`
 
 	// storageClassName of the claim; the cluster's default class when absent.
@@ -100,7 +101,7 @@ type ShardStorage struct {
 type ShardRetention struct {
 	// bytes is the most that one guild's history takes, 1Mi to 1Ti; 16Mi when absent.
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && quantity(string(self)).compareTo(quantity('1Ti')) <= 0",message="must be between 1Mi and 1Ti"
+	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[0-9]{1,15}([.][0-9]{1,3})?([kMGTPE]|[KMGTPE]i)?$') && quantity(string(self)).compareTo(quantity('1Mi')) >= 0 && quantity(string(self)).compareTo(quantity('1Ti')) <= 0",message="must be between 1Mi and 1Ti, in digits with a suffix such as Mi or Gi"
 	Bytes *resource.Quantity `json:"bytes,omitempty"`
 
 	// age is how long a record is kept while there is room, 1m to 720h; 1h when absent.

@@ -8,7 +8,6 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 )
@@ -129,21 +128,6 @@ func TestShardRestartWithoutOperator(t *testing.T) {
 	kubectl(t, "-n", namespace, "delete", "pod", "shard-a-0")
 	kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod/shard-a-0", "--timeout=2m")
 	startLoad(t, namespace, url, "--sessions", "20", "--events", "100").verdict()
-}
-
-// TestShardKill stops the process of a shard under load: sessions resume or start over, and the
-// audit holds for each of them.
-func TestShardKill(t *testing.T) {
-	namespace := makeNamespace(t)
-	url := guildOn(t, namespace, "shard-a", "shard-b")
-	run := startLoad(t, namespace, url, "--sessions", "50", "--events", "600", "--rate", "30", "--timeout", "5m")
-	time.Sleep(5 * time.Second) // into the run
-	if err := shardProcess(t, namespace, "shard-a").Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	if v := run.verdict(); v.Reidentified == 0 {
-		t.Error("no session started over, expected all: the log was in memory")
-	}
 }
 
 // TestReasons shows what kubectl says of a guild that cannot be served.

@@ -46,6 +46,7 @@ type server struct {
 	answers    map[string][]uint64 // by idempotency key
 	bases      map[string]uint64   // of sessions, by id
 	conns      map[*peer]bool
+	identified int
 	requests   int
 	deliveries int
 	next       int // delivery that gets the next fault
@@ -311,7 +312,8 @@ func (s *server) session(p *peer) bool {
 		s.out(p, fmt.Appendf(nil, `{"op":0,"t":"RESUMED","s":%d,"d":{}}`, position+shift))
 	default:
 		if in.Op == 2 {
-			id = "session-" + strconv.Itoa(len(s.bases))
+			s.identified++
+			id = "session-" + strconv.Itoa(s.identified)
 			s.out(p, fmt.Appendf(nil, `{"op":0,"t":"READY","s":%d,"d":{"v":10,"session_id":%q,"resume_gateway_url":%q,"guilds":[{"id":%q,"unavailable":true}]}}`,
 				position-1, id, s.url(), testGuild))
 		}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -141,7 +140,6 @@ func (k *kind) admit(obj map[string]any) []error {
 	defaulting.Default(obj, k.structural)
 
 	found := validateMetadata(obj)
-	found = append(found, validateQuantities(obj)...)
 	found = append(found, validation.ValidateCustomResource(nil, obj, k.openAPI)...)
 	found = append(found, listtype.ValidateListSetsAndMaps(nil, k.structural, obj)...)
 	if !slices.ContainsFunc(found, blocksRules) {
@@ -167,24 +165,6 @@ func blocksRules(err *field.Error) bool {
 		return true
 	}
 	return false
-}
-
-// hugeExponent matches a quantity that the rules would calculate with for minutes, 1e999999999.
-var hugeExponent = regexp.MustCompile(`[eE][+-]?[0-9]{3}`)
-
-// validateQuantities says which quantities of obj the rules must not be asked about.
-func validateQuantities(obj map[string]any) field.ErrorList {
-	var errs field.ErrorList
-	for _, path := range []*field.Path{
-		field.NewPath("spec", "storage", "size"),
-		field.NewPath("spec", "retention", "bytes"),
-	} {
-		v, _, _ := unstructured.NestedFieldNoCopy(obj, strings.Split(path.String(), ".")...)
-		if s, ok := v.(string); ok && (len(s) > 64 || hugeExponent.MatchString(s)) {
-			errs = append(errs, field.TypeInvalid(path, s, "must be a quantity of at most 64 characters, with an exponent of one or two digits"))
-		}
-	}
-	return errs
 }
 
 // validateMetadata says what is wrong with the metadata of obj, and removes from it what only the API

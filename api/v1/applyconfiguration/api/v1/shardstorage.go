@@ -12,7 +12,8 @@ import (
 //
 // ShardStorage is the volume of the guilds' logs.
 type ShardStorageApplyConfiguration struct {
-	// size of the volume, at least 64Mi; it can only grow.
+	// size of the volume, at least 64Mi; it can only grow. Exponents are refused: comparing
+	// 1e999999999 would keep the API server busy for minutes.
 	Size *resource.Quantity `json:"size,omitempty"`
 	// storageClassName of the claim; the cluster's default class when absent.
 	StorageClassName *string `json:"storageClassName,omitempty"`
