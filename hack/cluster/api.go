@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -134,7 +135,7 @@ func (c *apiClient) watch(ctx context.Context, path string, changed func()) erro
 	for {
 		if _, err := lines.ReadSlice('\n'); err == nil {
 			changed()
-		} else if err != bufio.ErrBufferFull {
+		} else if !errors.Is(err, bufio.ErrBufferFull) {
 			return err
 		}
 	}

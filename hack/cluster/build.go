@@ -65,7 +65,8 @@ const kubernetesVersion = "v1.37.2"
 func linkerFlags() string {
 	major, minor, _ := strings.Cut(strings.TrimPrefix(kubernetesVersion, "v"), ".")
 	minor, _, _ = strings.Cut(minor, ".")
-	flags := "-s -w"
+	var flags strings.Builder
+	flags.WriteString("-s -w")
 	for _, pkg := range []string{"k8s.io/component-base/version", "k8s.io/client-go/pkg/version"} {
 		for _, set := range [][2]string{
 			{"gitVersion", kubernetesVersion},
@@ -73,10 +74,10 @@ func linkerFlags() string {
 			{"gitMinor", minor},
 			{"gitTreeState", "clean"},
 		} {
-			flags += fmt.Sprintf(" -X %s.%s=%s", pkg, set[0], set[1])
+			fmt.Fprintf(&flags, " -X %s.%s=%s", pkg, set[0], set[1])
 		}
 	}
-	return flags
+	return flags.String()
 }
 
 // A cache keeps a group of built binaries outside the tree, in a folder named

@@ -44,7 +44,7 @@ func createCgroups() error {
 		// down. Which of them can be is the kernel's choice, and which must
 		// be the kubelet's, who says so.
 		controllers, _ := os.ReadFile(filepath.Join(mount, "cgroup.controllers"))
-		for _, controller := range strings.Fields(string(controllers)) {
+		for controller := range strings.FieldsSeq(string(controllers)) {
 			_ = os.WriteFile(filepath.Join(mount, "cgroup.subtree_control"), []byte("+"+controller), 0)
 		}
 		dir := filepath.Join(mount, cgroupName)

@@ -108,7 +108,7 @@ func up(ctx context.Context, l layout) (err error) {
 func foundUp(ctx context.Context, l layout) (bool, error) {
 	status, err := readStatus(ctx, l)
 	if err != nil || !status.Ready {
-		return false, nil
+		return false, nil //nolint:nilerr // whose state cannot be read is not up
 	}
 	for _, c := range status.Components {
 		if c.State == stateStopped {
@@ -153,7 +153,7 @@ func present(l layout) (bool, error) {
 		return err == nil, nil
 	}
 	if _, err := os.Stat(l.dir); err != nil {
-		return true, nil
+		return true, nil //nolint:nilerr // there is nothing left to mark
 	}
 	return true, l.mark()
 }

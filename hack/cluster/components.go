@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -174,7 +175,7 @@ func nodeComponents(l layout, n node) []component {
 			name:  "coredns",
 			args:  []string{"coredns", "-conf=" + n.path("Corefile")},
 			needs: []string{"kube-apiserver"},
-			ready: probeHTTP(nil, fmt.Sprintf("http://%s:%d/ready", n.ip(), dnsReadyPort)),
+			ready: probeHTTP(nil, "http://"+net.JoinHostPort(n.ip(), strconv.Itoa(dnsReadyPort))+"/ready"),
 		},
 	}
 }

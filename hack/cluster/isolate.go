@@ -175,7 +175,7 @@ func removeMountPoints(l layout) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
-	for _, folder := range strings.Fields(string(note)) {
+	for folder := range strings.FieldsSeq(string(note)) {
 		// A folder that is not empty has found another user since.
 		if err := os.Remove(folder); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ENOTEMPTY) {
 			return err

@@ -2,9 +2,11 @@ package main
 
 import (
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 )
 
 const (
@@ -94,7 +96,7 @@ func (l layout) node() node {
 }
 
 func (l layout) apiServerURL() string {
-	return fmt.Sprintf("https://%s:%d", l.node().ip(), apiServerPort)
+	return "https://" + net.JoinHostPort(l.node().ip(), strconv.Itoa(apiServerPort))
 }
 
 func (l layout) exists() bool {

@@ -131,7 +131,7 @@ func ownBridge(l layout) error {
 func removeNetwork(ctx context.Context, l layout, n node) error {
 	for _, tool := range []string{"ip", "nft"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			return nil // "up" installs them before it makes a network
+			return nil //nolint:nilerr // "up" installs them before it makes a network
 		}
 	}
 	tables, err := command(ctx, "nft", "list", "tables")

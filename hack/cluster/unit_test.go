@@ -6,6 +6,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -249,7 +250,7 @@ func untar(t *testing.T, archive []byte) map[string][]byte {
 	files := map[string][]byte{}
 	for r := tar.NewReader(bytes.NewReader(archive)); ; {
 		header, err := r.Next()
-		if err == io.EOF {
+		if errors.Is(err, io.EOF) {
 			return files
 		}
 		if err != nil {
@@ -372,7 +373,7 @@ func TestProvisioner(t *testing.T) {
 		case r.URL.Path == volumesPath:
 			answer = `{"items": [` + volumes + `]}`
 		}
-		io.WriteString(w, answer)
+		_, _ = io.WriteString(w, answer)
 	}))
 	defer server.Close()
 	p := &localProvisioner{client: &apiClient{base: server.URL, http: server.Client()}, folder: t.TempDir(), node: "n"}

@@ -38,7 +38,7 @@ func (c *cuttable) dial(network, address string) (net.Conn, error) {
 func (c *cuttable) cut() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.conn.(*net.TCPConn).SetLinger(0)
+	_ = c.conn.(*net.TCPConn).SetLinger(0) // a reset, not an orderly end
 	c.conn.Close()
 }
 

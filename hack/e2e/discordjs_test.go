@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -107,7 +108,7 @@ func startJSBot(t *testing.T, url, token string) *jsBot {
 	t.Cleanup(func() {
 		cancel()
 		<-read
-		c.Wait()
+		_ = c.Wait() // it was told to end
 		if t.Failed() {
 			t.Logf("discord.js saw: %+v", b.events)
 		}
@@ -118,9 +119,7 @@ func startJSBot(t *testing.T, url, token string) *jsBot {
 func (b *jsBot) tell(command string, fields map[string]any) {
 	b.t.Helper()
 	line := map[string]any{"command": command}
-	for k, v := range fields {
-		line[k] = v
-	}
+	maps.Copy(line, fields)
 	encoded, err := json.Marshal(line)
 	if err != nil {
 		b.t.Fatal(err)

@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -178,9 +180,11 @@ func shardProcess(t *testing.T, namespace, shard string) *os.Process {
 			continue // it has ended
 		}
 		args := strings.Split(string(cmdline), "\x00")
-		if strings.HasSuffix(args[0], "/shardserver") && contains(args, "--namespace="+namespace) && contains(args, "--shard-name="+shard) {
-			var pid int
-			fmt.Sscanf(path, "/proc/%d/", &pid)
+		if strings.HasSuffix(args[0], "/shardserver") && slices.Contains(args, "--namespace="+namespace) && slices.Contains(args, "--shard-name="+shard) {
+			pid, err := strconv.Atoi(strings.Split(path, "/")[2])
+			if err != nil {
+				t.Fatal(err)
+			}
 			process, err := os.FindProcess(pid)
 			if err != nil {
 				t.Fatal(err)
@@ -190,13 +194,4 @@ func shardProcess(t *testing.T, namespace, shard string) *os.Process {
 	}
 	t.Fatalf("no process of shard %s in namespace %s", shard, namespace)
 	return nil
-}
-
-func contains(list []string, s string) bool {
-	for _, e := range list {
-		if e == s {
-			return true
-		}
-	}
-	return false
 }

@@ -71,8 +71,8 @@ func (c *Cluster) Deploy(ctx context.Context) error {
 	deployed.Stdout, deployed.Stderr = io.Discard, io.Discard
 	again := deployed.Run() == nil
 	for _, target := range []string{"cluster-load", "deploy"} {
-		make := c.Command(ctx, "make", "--no-print-directory", target, "IMG="+image, "KUBECTL="+c.KubectlPath)
-		if err := make.Run(); err != nil {
+		build := c.Command(ctx, "make", "--no-print-directory", target, "IMG="+image, "KUBECTL="+c.KubectlPath)
+		if err := build.Run(); err != nil {
 			return fmt.Errorf("make %s: %w", target, err)
 		}
 	}
@@ -106,7 +106,7 @@ func (c *Cluster) OpenFrontDoor(ctx context.Context, namespace string) (string, 
 	if err != nil {
 		return "", err
 	}
-	for _, shard := range strings.Fields(shards) {
+	for shard := range strings.FieldsSeq(shards) {
 		patch := fmt.Sprintf(`{"spec":{"gateway":{"frontDoorURL":%q}}}`, base)
 		if err := c.Kubectl(ctx, "-n", namespace, "patch", shard, "--type=merge", "-p", patch).Run(); err != nil {
 			return "", err
