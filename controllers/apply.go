@@ -203,6 +203,16 @@ func removeFinalizer(ctx context.Context, c client.Client, obj client.Object) er
 	return client.IgnoreNotFound(patchFinalizer(ctx, c, obj, controllerutil.RemoveFinalizer))
 }
 
+// rejection is the message of an error that stays until somebody mends its cause: a template that
+// makes no pod, a quota, a cluster without free addresses. It is empty for others.
+func rejection(err error) string {
+	switch apierrors.ReasonForError(err) {
+	case metav1.StatusReasonInvalid, metav1.StatusReasonForbidden, metav1.StatusReasonBadRequest, metav1.StatusReasonInternalError:
+		return err.Error()
+	}
+	return ""
+}
+
 // namespaceEnding says that a write was refused because the namespace is being deleted.
 func namespaceEnding(err error) bool {
 	return apierrors.HasStatusCause(err, corev1.NamespaceTerminatingCause)

@@ -21,6 +21,7 @@ const (
 // Reasons of conditions and events.
 const (
 	reasonAccepted      = "Accepted"
+	reasonRejected      = "Rejected"
 	reasonRelaysIgnored = "RelaysIgnored"
 	reasonPlaced        = "Placed"
 

@@ -42,34 +42,54 @@ func TestGuildReadyReasons(t *testing.T) {
 		message                            string
 	}{
 		"all is well": {func(*guildView) {}, reasonServing, reasonPlaced, reasonAccepted, reasonReported, ""},
-		"another guild has the id": {unplaced(reasonIDConflict),
-			"!IDConflict", "!IDConflict", "!IDConflict", "!NotReported", "because"},
+		"another guild has the id": {
+			unplaced(reasonIDConflict),
+			"!IDConflict", "!IDConflict", "!IDConflict", "!NotReported", "because",
+		},
 		"no shard":            {unplaced(reasonNoShard), "!NoShard", "!NoShard", reasonAccepted, "!NotReported", "because"},
 		"no matching shard":   {unplaced(reasonNoMatchingShard), "!NoMatchingShard", "!NoMatchingShard", reasonAccepted, "!NotReported", "because"},
 		"pin to no shard":     {unplaced(reasonShardMissing), "!ShardMissing", "!ShardMissing", reasonAccepted, "!NotReported", "because"},
 		"cordoned shards":     {unplaced(reasonShardsCordoned), "!ShardsCordoned", "!ShardsCordoned", reasonAccepted, "!NotReported", "because"},
 		"full shards":         {unplaced(reasonShardsFull), "!ShardsFull", "!ShardsFull", reasonAccepted, "!NotReported", "because"},
 		"waits for inventory": {unplaced(reasonInventoryIncomplete), "!InventoryIncomplete", "!InventoryIncomplete", reasonAccepted, "!NotReported", "because"},
-		"the pod is not ready": {func(v *guildView) { v.health = podHealth{reasonPodNotReady, "CrashLoopBackOff: it ends"} },
-			"!ShardNotReady", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a: CrashLoopBackOff: it ends"},
-		"the shard has not reported yet": {func(v *guildView) { v.reports, v.reported = shardView{freshness: awaited}, false },
-			"!ShardNotReady", reasonPlaced, reasonAccepted, "!NotReported", "waiting for the first report of shard shard-a"},
-		"the shard has stopped reporting": {func(v *guildView) { v.reports.freshness = stale },
-			"!ShardNotReady", reasonPlaced, reasonAccepted, "!Stale", "shard shard-a does not report"},
-		"the shard does not have it yet": {func(v *guildView) { v.reported = false },
-			"!Opening", reasonPlaced, reasonAccepted, "!NotReported", "shard shard-a is opening the guild"},
-		"the shard is opening it": {func(v *guildView) { v.entry.State, v.entry.LogID = report.Opening, "" },
-			"!Opening", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a is opening the guild"},
-		"the shard has it under another id": {func(v *guildView) { v.entry.ID = "999999999999999999" },
-			"!Opening", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a is opening the guild"},
-		"the shard could not open it": {func(v *guildView) { v.entry.State, v.entry.Message = report.Failed, "disk full" },
-			"!OpenFailed", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a: disk full"},
-		"relays are asked for": {func(v *guildView) {
-			v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysManual, Replicas: new(int32(3))}
+		"the pod is not ready": {
+			func(v *guildView) { v.health = podHealth{reasonPodNotReady, "CrashLoopBackOff: it ends"} },
+			"!ShardNotReady", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a: CrashLoopBackOff: it ends",
 		},
-			reasonServing, reasonPlaced, reasonRelaysIgnored, reasonReported, ""},
-		"relays are switched off": {func(v *guildView) { v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysDisabled, MaxReplicas: 4} },
-			reasonServing, reasonPlaced, reasonAccepted, reasonReported, ""},
+		"the shard has not reported yet": {
+			func(v *guildView) { v.reports, v.reported = shardView{freshness: awaited}, false },
+			"!ShardNotReady", reasonPlaced, reasonAccepted, "!NotReported", "waiting for the first report of shard shard-a",
+		},
+		"the shard has stopped reporting": {
+			func(v *guildView) { v.reports.freshness = stale },
+			"!ShardNotReady", reasonPlaced, reasonAccepted, "!Stale", "shard shard-a does not report",
+		},
+		"the shard does not have it yet": {
+			func(v *guildView) { v.reported = false },
+			"!Opening", reasonPlaced, reasonAccepted, "!NotReported", "shard shard-a is opening the guild",
+		},
+		"the shard is opening it": {
+			func(v *guildView) { v.entry.State, v.entry.LogID = report.Opening, "" },
+			"!Opening", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a is opening the guild",
+		},
+		"the shard has it under another id": {
+			func(v *guildView) { v.entry.ID = "999999999999999999" },
+			"!Opening", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a is opening the guild",
+		},
+		"the shard could not open it": {
+			func(v *guildView) { v.entry.State, v.entry.Message = report.Failed, "disk full" },
+			"!OpenFailed", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a: disk full",
+		},
+		"relays are asked for": {
+			func(v *guildView) {
+				v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysManual, Replicas: new(int32(3))}
+			},
+			reasonServing, reasonPlaced, reasonRelaysIgnored, reasonReported, "",
+		},
+		"relays are switched off": {
+			func(v *guildView) { v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysDisabled, MaxReplicas: 4} },
+			reasonServing, reasonPlaced, reasonAccepted, reasonReported, "",
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := servingView()

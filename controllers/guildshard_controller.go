@@ -78,7 +78,7 @@ func (r *shardReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 
 func (r *shardReconciler) reconcileShard(ctx context.Context, shard *v1.GuildShard, common namespaceState) (ctrl.Result, error) {
 	f := shardFacts{
-		shard: shard, now: r.clock.Now(), conflict: common.conflict,
+		shard: shard, now: r.clock.Now(), conflict: common.conflict, rejected: common.rejected,
 		upToDate: isFalse(reasonNotMade, "the StatefulSet does not exist"),
 	}
 	key := client.ObjectKeyFromObject(shard)
@@ -113,14 +113,15 @@ func (r *shardReconciler) reconcileShard(ctx context.Context, shard *v1.GuildSha
 			conflict, _ := errors.AsType[*nameConflictError](err)
 			f.conflict = conflict.Error()
 		case err != nil:
+			f.rejected = firstOf(f.rejected, rejection(err))
 			failed = append(failed, err)
 		}
 	}
 
 	f.health = healthOf(pod)
 	f.reports = r.inventory.shard(key, shard.UID, f.now)
-	if f.health.ready() && f.reports.freshness != fresh {
-		r.hurry(key)
+	if f.health.ready() && !meta.IsStatusConditionTrue(shard.Status.Conditions, condReady) {
+		r.hurry(key) // another process may answer now than the one that is known
 	}
 	f.booked, f.counted = r.placements.booked(shard.Namespace, refOf(shard))
 	f.written = r.figures.get(shard.UID)

@@ -362,3 +362,16 @@ func TestShardsMadeTogetherAllStart(t *testing.T) {
 		}
 	}
 }
+
+func TestSpecThatMakesNoPodIsSaidToBeRejected(t *testing.T) {
+	w := newWorld(t)
+	w.operate()
+	w.create(makeShard(w.namespace, "shard-a").Env("not=a name", "x").Obj())
+	s := w.shardIs("shard-a", condAccepted, "!"+reasonRejected)
+	if m := message(s.Status.Conditions, condAccepted); !strings.Contains(m, "not=a name") {
+		t.Errorf("the message is %q", m)
+	}
+	update(w, "shard-a", func(s *v1.GuildShard) { s.Spec.Template = nil })
+	w.shardIs("shard-a", condReady, reasonServing)
+	w.shardIs("shard-a", condAccepted, reasonAccepted)
+}

@@ -26,6 +26,8 @@ type shardFacts struct {
 	upToDate verdict
 	// conflict says which object of a wanted name belongs to somebody else.
 	conflict string
+	// rejected says what the API server does not take.
+	rejected string
 	booked   int
 	counted  bool // booked is known
 	written  figuresWritten
@@ -46,9 +48,12 @@ func shardStatus(f shardFacts) (status v1.GuildShardStatus, written figuresWritt
 	status.ObservedGeneration = f.shard.Generation
 	w := conditionWriter{&status.Conditions, f.shard.Generation, f.now}
 
-	if f.conflict != "" {
+	switch {
+	case f.conflict != "":
 		w.set(condAccepted, isFalse(reasonNameConflict, f.conflict))
-	} else {
+	case f.rejected != "":
+		w.set(condAccepted, isFalse(reasonRejected, f.rejected))
+	default:
 		w.set(condAccepted, isTrue(reasonAccepted, ""))
 	}
 	f.setReady(w)

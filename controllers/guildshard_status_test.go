@@ -30,28 +30,50 @@ func TestShardReasons(t *testing.T) {
 		ready, durable, schedulable, loaded string
 	}{
 		"all is well": {func(*shardFacts) {}, reasonServing, "!InMemory", reasonActive, reasonReported},
-		"no pod": {func(f *shardFacts) { f.health = healthOf(nil) },
-			"!PodMissing", "!InMemory", reasonActive, reasonReported},
-		"pod not ready": {func(f *shardFacts) { f.health = podHealth{reasonPodNotReady, "x"} },
-			"!PodNotReady", "!InMemory", reasonActive, reasonReported},
-		"no image": {func(f *shardFacts) { f.health = podHealth{reasonImageNotFound, "x"} },
-			"!ImageNotFound", "!InMemory", reasonActive, reasonReported},
-		"somebody else's object": {func(f *shardFacts) { f.conflict = "x" },
-			"!NameConflict", "!InMemory", reasonActive, reasonReported},
-		"no report yet": {func(f *shardFacts) { f.reports = shardView{} },
-			"!NotReporting", "!InMemory", reasonActive, "!NotReported"},
-		"no report any more": {func(f *shardFacts) { f.reports.freshness = stale },
-			"!NotReporting", "!InMemory", reasonActive, "!Stale"},
-		"being deleted": {func(f *shardFacts) { f.shard.DeletionTimestamp = new(metav1.NewTime(noon)) },
-			"!Deleting", "!InMemory", "!Deleting", reasonReported},
-		"logs on disk": {func(f *shardFacts) { f.reports.durable = true },
-			reasonServing, reasonOnDisk, reasonActive, reasonReported},
-		"cordoned": {func(f *shardFacts) { f.shard.Spec.Availability = v1.ShardCordoned },
-			reasonServing, "!InMemory", "!Cordoned", reasonReported},
-		"draining": {func(f *shardFacts) { f.shard.Spec.Availability = v1.ShardDraining },
-			reasonServing, "!InMemory", "!Draining", reasonReported},
-		"full": {func(f *shardFacts) { f.booked = 10 },
-			reasonServing, "!InMemory", "!Full", reasonReported},
+		"no pod": {
+			func(f *shardFacts) { f.health = healthOf(nil) },
+			"!PodMissing", "!InMemory", reasonActive, reasonReported,
+		},
+		"pod not ready": {
+			func(f *shardFacts) { f.health = podHealth{reasonPodNotReady, "x"} },
+			"!PodNotReady", "!InMemory", reasonActive, reasonReported,
+		},
+		"no image": {
+			func(f *shardFacts) { f.health = podHealth{reasonImageNotFound, "x"} },
+			"!ImageNotFound", "!InMemory", reasonActive, reasonReported,
+		},
+		"somebody else's object": {
+			func(f *shardFacts) { f.conflict = "x" },
+			"!NameConflict", "!InMemory", reasonActive, reasonReported,
+		},
+		"no report yet": {
+			func(f *shardFacts) { f.reports = shardView{} },
+			"!NotReporting", "!InMemory", reasonActive, "!NotReported",
+		},
+		"no report any more": {
+			func(f *shardFacts) { f.reports.freshness = stale },
+			"!NotReporting", "!InMemory", reasonActive, "!Stale",
+		},
+		"being deleted": {
+			func(f *shardFacts) { f.shard.DeletionTimestamp = new(metav1.NewTime(noon)) },
+			"!Deleting", "!InMemory", "!Deleting", reasonReported,
+		},
+		"logs on disk": {
+			func(f *shardFacts) { f.reports.durable = true },
+			reasonServing, reasonOnDisk, reasonActive, reasonReported,
+		},
+		"cordoned": {
+			func(f *shardFacts) { f.shard.Spec.Availability = v1.ShardCordoned },
+			reasonServing, "!InMemory", "!Cordoned", reasonReported,
+		},
+		"draining": {
+			func(f *shardFacts) { f.shard.Spec.Availability = v1.ShardDraining },
+			reasonServing, "!InMemory", "!Draining", reasonReported,
+		},
+		"full": {
+			func(f *shardFacts) { f.booked = 10 },
+			reasonServing, "!InMemory", "!Full", reasonReported,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			f := servingShard()

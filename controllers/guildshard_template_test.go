@@ -132,16 +132,27 @@ func TestPodHealth(t *testing.T) {
 		"crashing":          {waiting("CrashLoopBackOff", "back-off 40s"), podHealth{reasonPodNotReady, "CrashLoopBackOff: the container ends with exit code 2 (Error)"}},
 		"keys missing":      {waiting("CreateContainerConfigError", `secret "x" not found`), podHealth{reasonPodNotReady, `CreateContainerConfigError: secret "x" not found`}},
 		"starting":          {waiting("ContainerCreating", ""), podHealth{reasonPodNotReady, "the pod is starting"}},
-		"running": {pod(corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}),
-			podHealth{reasonPodNotReady, "the container runs and is not ready yet"}},
-		"unschedulable": {&corev1.Pod{Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{
-			Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Reason: "Unschedulable", Message: "0/1 nodes"}}}},
-			podHealth{reasonPodNotReady, "Unschedulable: 0/1 nodes"}},
-		"ready": {&corev1.Pod{Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}}},
-			podHealth{}},
-		"ending": {&corev1.Pod{ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: new(metav1.Now())},
-			Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}}},
-			podHealth{reasonPodNotReady, "the pod is being deleted"}},
+		"running": {
+			pod(corev1.ContainerState{Running: &corev1.ContainerStateRunning{}}),
+			podHealth{reasonPodNotReady, "the container runs and is not ready yet"},
+		},
+		"unschedulable": {
+			&corev1.Pod{Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{
+				Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Reason: "Unschedulable", Message: "0/1 nodes",
+			}}}},
+			podHealth{reasonPodNotReady, "Unschedulable: 0/1 nodes"},
+		},
+		"ready": {
+			&corev1.Pod{Status: corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}}},
+			podHealth{},
+		},
+		"ending": {
+			&corev1.Pod{
+				ObjectMeta: metav1.ObjectMeta{DeletionTimestamp: new(metav1.Now())},
+				Status:     corev1.PodStatus{Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}},
+			},
+			podHealth{reasonPodNotReady, "the pod is being deleted"},
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if diff := cmp.Diff(tc.want, healthOf(tc.pod), cmp.AllowUnexported(podHealth{})); diff != "" {

@@ -38,6 +38,8 @@ type namespaceState struct {
 	ready bool
 	// conflict says which object of a wanted name belongs to somebody else.
 	conflict string
+	// rejected says what the API server does not take.
+	rejected string
 }
 
 var _ reconcile.Reconciler = (*namespaceReconciler)(nil)
@@ -72,7 +74,7 @@ func (r *namespaceReconciler) Reconcile(ctx context.Context, req ctrl.Request) (
 	}
 
 	err := r.ensureAll(ctx, namespace, tls)
-	state := namespaceState{ready: err == nil}
+	state := namespaceState{ready: err == nil, rejected: rejection(err)}
 	if conflict, ok := errors.AsType[*nameConflictError](err); ok {
 		state.conflict = conflict.Error()
 	}

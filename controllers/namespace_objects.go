@@ -33,8 +33,10 @@ type namespaceObject struct {
 
 func namespaceObjects(namespace, operatorNamespace string, tls bool) []namespaceObject {
 	return []namespaceObject{
-		{shardRoleName, new(corev1.ServiceAccount),
-			accorev1.ServiceAccount(shardRoleName, namespace).WithLabels(namespaceLabels())},
+		{
+			shardRoleName, new(corev1.ServiceAccount),
+			accorev1.ServiceAccount(shardRoleName, namespace).WithLabels(namespaceLabels()),
+		},
 		{shardRoleName, new(rbacv1.Role), shardRole(namespace)},
 		{shardRoleName, new(rbacv1.RoleBinding), shardRoleBinding(namespace)},
 		{shardRoleName, new(networkingv1.NetworkPolicy), shardNetworkPolicy(namespace, operatorNamespace)},

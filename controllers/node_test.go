@@ -17,6 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	toolscache "k8s.io/client-go/tools/cache"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -163,7 +164,7 @@ func (n *node) startPod(ctx context.Context, sts *appsv1.StatefulSet, revision s
 // serve starts the shard server of a pod and makes the pod Ready.
 func (n *node) serve(ctx context.Context, pod *corev1.Pod, sts *appsv1.StatefulSet) {
 	owner := metav1.GetControllerOf(sts)
-	s := &shardServer{node: n, name: sts.Name, guilds: map[string]*heldGuild{}}
+	s := &shardServer{node: n, name: sts.Name, pod: pod.UID, guilds: map[string]*heldGuild{}}
 	if owner != nil {
 		s.uid = string(owner.UID)
 	}
@@ -223,11 +224,18 @@ func (n *node) collect(ctx context.Context, sts *appsv1.StatefulSet) {
 // podGone ends a pod's server and lets the StatefulSet make another pod.
 func (n *node) podGone(ctx context.Context, pod *corev1.Pod) {
 	n.mu.Lock()
-	if s := n.servers[pod.Name]; s != nil {
+	// The pod's successor may have come first.
+	if s := n.servers[pod.Name]; s != nil && s.pod == pod.UID {
 		_ = s.http.Close()
 		delete(n.servers, pod.Name)
 	}
-	n.deleted = append(n.deleted, deletedPod{pod.Name, len(n.servers)})
+	others := 0
+	for name := range n.servers {
+		if name != pod.Name {
+			others++
+		}
+	}
+	n.deleted = append(n.deleted, deletedPod{pod.Name, others})
 	n.mu.Unlock()
 	sts := new(appsv1.StatefulSet)
 	if err := n.client.Get(ctx, client.ObjectKey{Namespace: n.namespace, Name: pod.Labels[labelShard]}, sts); err == nil {
@@ -286,6 +294,7 @@ func (n *node) guildGone(g *v1.Guild)    { n.eachServer(func(s *shardServer) { s
 type shardServer struct {
 	node                         *node
 	name, uid, boot, ip, address string
+	pod                          types.UID
 	http                         *http.Server
 
 	mu       sync.Mutex

@@ -97,19 +97,44 @@ func TestInventory(t *testing.T) {
 		held   []string
 		news   news
 	}{
-		"the first report is news of all": {nil, complete("b", lobby, bar), []string{"bar", "lobby"}, []string{"1", "2"},
-			news{shard: true, process: true, identities: true}},
+		"the first report is news of all": {
+			nil, complete("b", lobby, bar),
+			[]string{"bar", "lobby"},
+			[]string{"1", "2"},
+			news{shard: true, process: true, identities: true},
+		},
 		"the same again is no news": {complete("b", lobby), complete("b", lobby), nil, []string{"1"}, news{}},
-		"counts that rounding hides are no news": {complete("b", lobby),
-			&report.Report{BootID: "b", Guilds: []report.Guild{with(lobby, func(g *report.Guild) { g.Members, g.LastSeq = 1003, 9 })}}, nil, []string{"1"}, news{}},
-		"a change is news of that guild alone": {complete("b", lobby, bar),
-			&report.Report{BootID: "b", Guilds: []report.Guild{with(bar, func(g *report.Guild) { g.State = report.Serving })}}, []string{"bar"}, []string{"1", "2"}, news{}},
-		"a dropped guild is gone": {complete("b", lobby, bar), &report.Report{BootID: "b", Gone: []string{"1"}}, []string{"lobby"}, []string{"2"},
-			news{identities: true}},
-		"a complete report drops what it lacks": {complete("b", lobby, bar), complete("b", bar), []string{"lobby"}, []string{"2"},
-			news{identities: true}},
-		"another process starts afresh": {complete("b", lobby), complete("c"), []string{"lobby"}, nil,
-			news{shard: true, process: true, identities: true}},
+		"counts that rounding hides are no news": {
+			complete("b", lobby),
+			&report.Report{BootID: "b", Guilds: []report.Guild{with(lobby, func(g *report.Guild) { g.Members, g.LastSeq = 1003, 9 })}}, nil,
+			[]string{"1"},
+			news{},
+		},
+		"a change is news of that guild alone": {
+			complete("b", lobby, bar),
+			&report.Report{BootID: "b", Guilds: []report.Guild{with(bar, func(g *report.Guild) { g.State = report.Serving })}},
+			[]string{"bar"},
+			[]string{"1", "2"},
+			news{},
+		},
+		"a dropped guild is gone": {
+			complete("b", lobby, bar), &report.Report{BootID: "b", Gone: []string{"1"}},
+			[]string{"lobby"},
+			[]string{"2"},
+			news{identities: true},
+		},
+		"a complete report drops what it lacks": {
+			complete("b", lobby, bar), complete("b", bar),
+			[]string{"lobby"},
+			[]string{"2"},
+			news{identities: true},
+		},
+		"another process starts afresh": {
+			complete("b", lobby), complete("c"),
+			[]string{"lobby"},
+			nil,
+			news{shard: true, process: true, identities: true},
+		},
 		"changes of another process are not mixed in": {complete("b", lobby), &report.Report{BootID: "c", Guilds: []report.Guild{bar}}, nil, []string{"1"}, news{}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -107,7 +107,8 @@ func startAPIServer() (*apiServer, error) {
 	}
 	s.env.ControlPlane.GetAPIServer().Configure().
 		Set("audit-log-path", s.audit).
-		Set("audit-policy-file", policy)
+		Set("audit-policy-file", policy).
+		Set("service-cluster-ip-range", "10.96.0.0/16")
 	s.config, err = s.env.Start()
 	if err != nil {
 		return nil, fmt.Errorf("starting the API server: %w", err)
