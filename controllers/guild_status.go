@@ -2,7 +2,6 @@ package controllers
 
 import (
 	"fmt"
-	"strings"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -49,7 +48,7 @@ func guildStatus(v guildView) (status v1.GuildStatus, recheck time.Duration) {
 		status.Placement.LogID, status.Placement.Epoch = v.entry.LogID, v.entry.Epoch
 	}
 	if d.placed() && v.shard != nil {
-		status.Gateway = &v1.GuildGatewayStatus{URL: guildURL(v.guild, v.shard, d.id)}
+		status.Gateway = &v1.GuildGatewayStatus{URL: v1.AddressesOf(v.guild, d.id, v.shard).Gateway}
 	}
 	status.Relays = nil
 	if d.id != "" {
@@ -172,15 +171,3 @@ func setCounts(status *v1.GuildStatus, g report.Guild, now time.Time) (recheck t
 }
 
 func equals[T comparable](p *T, v T) bool { return p != nil && *p == v }
-
-// guildURL is the guild's lasting address.
-func guildURL(guild *v1.Guild, shard *v1.GuildShard, id string) string {
-	base := "ws://" + frontDoorName + "." + guild.Namespace + ".svc"
-	if g := shard.Spec.Gateway; g != nil && g.FrontDoorURL != "" {
-		base = string(g.FrontDoorURL)
-	}
-	if g := guild.Spec.Gateway; g != nil && g.PublicURL != "" {
-		base = string(g.PublicURL)
-	}
-	return strings.TrimRight(base, "/") + "/g/" + id + "/"
-}

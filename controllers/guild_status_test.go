@@ -186,7 +186,7 @@ func TestGuildURL(t *testing.T) {
 		"a TLS secret alone changes nothing": {makeGuild("ns", "g"), makeShard("ns", "s").TLS("cert"), "ws://guildhall-gateway.ns.svc/g/1/"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			if got := guildURL(tc.guild.Obj(), tc.shard.Obj(), "1"); got != tc.want {
+			if got := v1.AddressesOf(tc.guild.Obj(), "1", tc.shard.Obj()).Gateway; got != tc.want {
 				t.Errorf("got %q, want %q", got, tc.want)
 			}
 		})

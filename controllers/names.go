@@ -41,7 +41,7 @@ const (
 	wssSvcPort  = 443
 	nonRootUser = 65532
 
-	frontDoorName = "guildhall-gateway"
+	frontDoorName = v1.FrontDoorService
 	keysName      = "guildhall-keys"
 	shardRoleName = "guildhall-shard"
 

@@ -18,8 +18,8 @@ type Addresses struct {
 	Direct string
 }
 
-// AddressesOf returns the URLs of a placed guild. shard is the GuildShard that holds it.
-func AddressesOf(g *Guild, shard *GuildShard) Addresses {
+// AddressesOf returns the URLs of the guild with that id. shard is the GuildShard that holds it.
+func AddressesOf(g *Guild, id string, shard *GuildShard) Addresses {
 	var own, direct, frontDoor GatewayURL
 	if g.Spec.Gateway != nil {
 		own = g.Spec.Gateway.PublicURL
@@ -29,16 +29,16 @@ func AddressesOf(g *Guild, shard *GuildShard) Addresses {
 	}
 	inside := func(service string) GatewayURL { return GatewayURL("ws://" + service + "." + g.Namespace + ".svc") }
 	return Addresses{
-		Gateway: guildURL(g, own, frontDoor, inside(FrontDoorService)),
-		Direct:  guildURL(g, own, direct, frontDoor, inside(shard.Name)),
+		Gateway: guildURL(id, own, frontDoor, inside(FrontDoorService)),
+		Direct:  guildURL(id, own, direct, frontDoor, inside(shard.Name)),
 	}
 }
 
 // guildURL is the guild's path under the first base that is set.
-func guildURL(g *Guild, bases ...GatewayURL) string {
+func guildURL(id string, bases ...GatewayURL) string {
 	for _, base := range bases {
 		if base != "" {
-			return strings.TrimSuffix(string(base), "/") + "/g/" + g.Status.ID + "/"
+			return strings.TrimSuffix(string(base), "/") + "/g/" + id + "/"
 		}
 	}
 	return ""
