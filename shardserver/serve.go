@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -19,8 +20,8 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"golang.org/x/net/netutil"
-	ctrl "sigs.k8s.io/controller-runtime"
+	restclient "k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/shardserver/admin"
@@ -56,6 +57,7 @@ type config struct {
 	podAddress            string
 	resolvePod            func(shard string) string
 	logger                *slog.Logger
+	holdTime              time.Duration // gateway.HoldTime when 0
 }
 
 func serveCommand(ctx context.Context, args []string) error {
@@ -89,102 +91,128 @@ func serveCommand(ctx context.Context, args []string) error {
 	return serve(ctx, c)
 }
 
-// server is a running shard server.
+// serve runs a shard server until ctx ends, and then lets its sessions go in an orderly way.
+func serve(ctx context.Context, c config) error {
+	s, err := newServer(c)
+	if err != nil {
+		return err
+	}
+	return s.run(ctx)
+}
+
+// server is a shard server.
 type server struct {
 	config
+	alone     *manifest.Manifest // of --file
+	api       *restclient.Config // without --file
 	keys      atomic.Pointer[token.Keys]
 	core      *fanout.Core
 	directory *directory.Directory
 	gateway   *gateway.Gateway
 	rest      *rest.Handler
+	meter     *admin.LoadMeter
+	listeners listeners
 	draining  atomic.Bool
 }
 
-// serve runs a shard server until ctx ends, and then lets its sessions go in an orderly way.
-func serve(ctx context.Context, c config) error {
+// newServer makes a server that listens. Its clients wait until it runs.
+func newServer(c config) (*server, error) {
 	s := &server{config: c}
-	var alone *manifest.Manifest
 	if c.file != "" {
 		var err error
-		if alone, err = manifest.Load(c.file); err != nil {
-			return err
+		if s.alone, err = manifest.Load(c.file); err != nil {
+			return nil, err
 		}
 		if err := makeKeys(c.keysDir); err != nil {
-			return fmt.Errorf("making a key set: %w", err)
+			return nil, fmt.Errorf("making a key set: %w", err)
 		}
-		s.shardName, s.shardUID = alone.Shard.Name, string(alone.Shard.UID)
+		s.shardName, s.shardUID = s.alone.Shard.Name, string(s.alone.Shard.UID)
+	} else {
+		var err error
+		rules := clientcmd.NewDefaultClientConfigLoadingRules()
+		if s.api, err = clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig(); err != nil {
+			return nil, fmt.Errorf("finding the Kubernetes API: %w", err)
+		}
 	}
 	keys, err := token.LoadKeys(c.keysDir)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	s.keys.Store(keys)
-
+	if s.listeners, err = s.listenAll(); err != nil {
+		return nil, err
+	}
 	s.core = fanout.New(fanout.Options{
 		Noop:    protocol.Noop,
 		Overrun: func() []byte { return protocol.CloseFrame(protocol.CloseUnknownError, "fell too far behind") },
 	})
-	defer s.core.Stop()
-	var meter *admin.LoadMeter
 	s.directory = directory.New(directory.Options{
 		ShardName: s.shardName, ShardUID: s.shardUID, Version: version, Core: s.core,
-		PodAddress: c.resolvePod, Load: func() report.Load { return meter.Load() }, Logger: c.logger,
+		PodAddress: c.resolvePod, Load: func() report.Load { return s.meter.Load() }, Logger: c.logger,
 	})
-	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Keys: s.keys.Load, Logger: c.logger})
-	meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
-	s.rest = rest.New(rest.Options{Directory: s.directory, Keys: s.keys.Load, Logger: c.logger, HoldTime: gateway.HoldTime})
+	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Keys: s.keys.Load, Logger: c.logger, HoldTime: c.holdTime})
+	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
+	s.rest = rest.New(rest.Options{Directory: s.directory, Keys: s.keys.Load, Logger: c.logger, HoldTime: cmp.Or(c.holdTime, gateway.HoldTime)})
+	return s, nil
+}
 
-	listeners, err := s.listenAll()
-	if err != nil {
-		return err
-	}
+// run serves until ctx ends or a part of the server fails.
+func (s *server) run(ctx context.Context) (err error) {
+	defer s.core.Stop()
+	background, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup
+	defer group.Wait()
+	defer cancel()
 	failed := make(chan error, 8)
 	start := func(what string, f func() error) {
 		group.Go(func() {
-			if err := f(); err != nil && !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, context.Canceled) {
+			if err := f(); err != nil && !errors.Is(err, http.ErrServerClosed) {
 				failed <- fmt.Errorf("%s: %w", what, err)
 			}
 		})
 	}
-	clients := &http.Server{Handler: s, ReadHeaderTimeout: 10 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
-		ErrorLog: slog.NewLogLogger(c.logger.Handler(), slog.LevelDebug)}
-	admins := &http.Server{Handler: admin.NewHandler(admin.Options{Ready: s.ready, Report: s.directory.Report, Metrics: s.metrics()}),
-		ReadHeaderTimeout: 10 * time.Second}
-	start("gateway", func() error { return clients.Serve(listeners.plain) })
-	if listeners.tls != nil {
-		start("gateway over TLS", func() error { return clients.Serve(listeners.tls) })
+	// The times are those of REST requests, which are answered within them. A gateway's
+	// connection leaves the HTTP server, and its deadlines, with the upgrade.
+	clients := &http.Server{
+		Handler: s, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second, WriteTimeout: time.Minute,
+		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
 	}
-	start("admin", func() error { return admins.Serve(listeners.admin) })
-
-	background, cancel := context.WithCancel(context.Background())
-	defer cancel()
+	admins := &http.Server{
+		Handler:     admin.NewHandler(admin.Options{Ready: s.ready, Report: s.directory.Report, Metrics: s.metrics()}),
+		ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
+	}
+	start("gateway", func() error { return clients.Serve(s.listeners.plain) })
+	if s.listeners.tls != nil {
+		start("gateway over TLS", func() error { return clients.Serve(s.listeners.tls) })
+	}
+	start("admin", func() error { return admins.Serve(s.listeners.admin) })
 	start("keys", func() error { return s.watchKeys(background) })
-	if alone != nil {
-		s.runAlone(alone, listeners.plain.Addr())
+	if s.alone != nil {
+		s.runAlone()
 	} else {
-		restConfig, err := ctrl.GetConfig()
-		if err != nil {
-			return fmt.Errorf("finding the Kubernetes API: %w", err)
-		}
-		start("kubernetes", func() error { return kube.Feed(background, restConfig, c.namespace, c.shardName, s.directory) })
+		start("kubernetes", func() error { return kube.Feed(background, s.api, s.namespace, s.shardName, s.directory) })
 	}
-	c.logger.Info("shard server started", "version", version, "shard", s.shardName, "gateway", listeners.plain.Addr(), "admin", listeners.admin.Addr())
+	s.logger.Info("shard server started", "version", version, "shard", s.shardName,
+		"gateway", s.listeners.plain.Addr(), "admin", s.listeners.admin.Addr())
 
 	select {
 	case <-ctx.Done():
 	case err = <-failed:
 	}
-	c.logger.Info("shard server stopping")
+	s.logger.Info("shard server stopping")
 	s.draining.Store(true)
 	end, stop := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer stop()
 	s.gateway.Drain(end)
 	s.directory.Stop()
-	clients.Shutdown(end)
-	admins.Shutdown(end)
-	cancel()
-	group.Wait()
+	for _, server := range []*http.Server{clients, admins} {
+		if server.Shutdown(end) != nil {
+			server.Close()
+		}
+	}
+	s.rest.Close()
 	return err
 }
 
@@ -192,34 +220,44 @@ type listeners struct {
 	plain, tls, admin net.Listener
 }
 
+func (l *listeners) close() {
+	for _, ln := range []net.Listener{l.plain, l.tls, l.admin} {
+		if ln != nil {
+			ln.Close()
+		}
+	}
+}
+
+// listen opens all ports, or none.
 func (s *server) listenAll() (l listeners, err error) {
-	// Connections beyond what descriptors allow wait in the kernel's queue: they are held, not refused.
-	limit := connectionLimit()
-	listen := func(flagName, address string) net.Listener {
+	defer func() {
 		if err != nil {
-			return nil
+			l.close()
 		}
-		var ln net.Listener
-		if ln, err = net.Listen("tcp", address); err != nil {
-			err = fmt.Errorf("--%s: %w", flagName, err)
-		}
-		return ln
+	}()
+	// Connections beyond what descriptors allow wait in the kernel's queue: they are held, not refused.
+	places := make(chan struct{}, connectionLimit())
+	if l.plain, err = net.Listen("tcp", s.listen); err != nil {
+		return l, fmt.Errorf("--listen: %w", err)
 	}
-	if l.plain = listen("listen", s.listen); err == nil {
-		l.plain = netutil.LimitListener(l.plain, limit)
+	l.plain = limitListener(l.plain, places)
+	if l.admin, err = net.Listen("tcp", s.adminListen); err != nil {
+		return l, fmt.Errorf("--admin-listen: %w", err)
 	}
-	l.admin = listen("admin-listen", s.adminListen)
-	if s.tlsDir != "" {
-		if ln := listen("listen-tls", s.listenTLS); err == nil {
-			certificate := &certificate{dir: s.tlsDir}
-			if _, err = certificate.get(nil); err == nil {
-				l.tls = tls.NewListener(netutil.LimitListener(ln, limit), &tls.Config{
-					GetCertificate: certificate.get, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12,
-				})
-			}
-		}
+	if s.tlsDir == "" {
+		return l, nil
 	}
-	return l, err
+	certificate := &certificate{dir: s.tlsDir}
+	if _, err = certificate.get(nil); err != nil {
+		return l, err
+	}
+	if l.tls, err = net.Listen("tcp", s.listenTLS); err != nil {
+		return l, fmt.Errorf("--listen-tls: %w", err)
+	}
+	l.tls = tls.NewListener(limitListener(l.tls, places), &tls.Config{
+		GetCertificate: certificate.get, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12,
+	})
+	return l, nil
 }
 
 // connectionLimit is how many connections the process may have by its descriptor limit.
@@ -328,11 +366,12 @@ func (s *server) watchKeys(ctx context.Context) error {
 }
 
 // runAlone applies what the file has. Addresses that it does not give are this process's own.
-func (s *server) runAlone(m *manifest.Manifest, address net.Addr) {
+func (s *server) runAlone() {
+	m := s.alone
 	if m.Shard.Spec.Gateway == nil {
 		m.Shard.Spec.Gateway = &v1.ShardGateway{}
 	}
-	own := address.String()
+	own := s.listeners.plain.Addr().String()
 	if host, port, err := net.SplitHostPort(own); err == nil && net.ParseIP(host).IsUnspecified() {
 		own = net.JoinHostPort("127.0.0.1", port)
 	}

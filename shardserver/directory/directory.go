@@ -3,7 +3,7 @@
 package directory
 
 import (
-	"context"
+	"bytes"
 	"fmt"
 	"log/slog"
 	"sync"
@@ -95,11 +95,16 @@ func (d *Directory) Find(id snowflake.ID) (p Place, changed <-chan struct{}) {
 	if e == nil {
 		return p, d.changed
 	}
+	return d.placeOf(e), d.changed
+}
+
+// placeOf is where a placed guild is. d.mu is held.
+func (d *Directory) placeOf(e *entry) (p Place) {
 	p.Guild, p.Object = e.local, e.object
-	if e.local == nil && !d.isMine(e.object) {
-		p.Remote = d.o.PodAddress(e.object.Status.Placement.ShardName)
+	if shard := e.object.Status.Placement.ShardName; e.local == nil && shard != d.o.ShardName {
+		p.Remote = d.o.PodAddress(shard)
 	}
-	return p, d.changed
+	return p
 }
 
 // Synced says that the directory knows every guild of the namespace.
@@ -131,7 +136,7 @@ func (d *Directory) SessionCapacity() int {
 func (d *Directory) Addresses(object *v1.Guild) v1.Addresses {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	return v1.AddressesOf(object, d.shard)
+	return v1.AddressesOf(object, object.Status.ID, d.shard)
 }
 
 func (d *Directory) isMine(g *v1.Guild) bool {
@@ -175,51 +180,65 @@ func retentionOf(s *v1.GuildShard) guildlog.Retention {
 // Apply takes the present state of a Guild. A guild is opened when it is placed here, and
 // stopped when it is being deleted or placed elsewhere: never since something is missing.
 func (d *Directory) Apply(g *v1.Guild) {
+	stop, last := d.apply(g)
+	if stop != nil {
+		stop.Close(last)
+		d.o.Logger.Info("guild stopped", "guild", g.Name, "id", stop.ID())
+	}
+}
+
+// apply returns the guild that is to be stopped, if one is, and what ends its sessions.
+func (d *Directory) apply(g *v1.Guild) (stop *guild.Guild, last func(seq uint64) []byte) {
 	d.mu.Lock()
-	e := d.guilds[string(g.UID)]
-	if e == nil {
-		e = &entry{}
-		d.guilds[string(g.UID)] = e
-	}
-	if g.Status.Placement == nil && e.object != nil && g.DeletionTimestamp == nil {
-		g = g.DeepCopy() // the status was lost: go on with the placement that is known
-		g.Status.ID, g.Status.Placement = e.object.Status.ID, e.object.Status.Placement
-	}
-	e.object = g
-	var stop *guild.Guild
-	var last []byte
-	switch {
-	case g.DeletionTimestamp != nil:
-		stop, e.local = e.local, nil
-		if stop != nil {
-			last = deletedFrames(stop)
+	defer d.mu.Unlock()
+	uid := string(g.UID)
+	e := d.guilds[uid]
+	if g.DeletionTimestamp != nil {
+		if e == nil {
+			return nil, nil
 		}
-		delete(d.guilds, string(g.UID))
+		delete(d.guilds, uid)
 		if d.byID[e.id] == e {
 			delete(d.byID, e.id)
 		}
-	case g.Status.Placement == nil:
-	default:
-		id, err := snowflake.Parse(g.Status.ID)
-		if err != nil {
-			d.o.Logger.Error("guild has no valid id", "guild", g.Name, "error", err)
-			break
-		}
-		e.id = id
-		d.byID[id] = e
-		if d.isMine(g) {
-			d.hold(e)
-		} else {
-			stop, e.local = e.local, nil
-			last = movedFrames
-		}
+		d.notify()
+		return e.local, deletedFrames(e.id)
 	}
-	d.notify()
-	d.mu.Unlock()
-	if stop != nil {
-		stop.Close(last)
-		d.o.Logger.Info("guild stopped", "guild", g.Name, "id", g.Status.ID)
+	if e == nil {
+		e = &entry{}
+		d.guilds[uid] = e
 	}
+	if g.Status.Placement == nil && e.object != nil && e.object.Status.Placement != nil {
+		g = g.DeepCopy() // the status was lost: go on with the placement that is known
+		g.Status.ID, g.Status.Placement = e.object.Status.ID, e.object.Status.Placement
+	}
+	var before Place
+	if d.byID[e.id] == e {
+		before = d.placeOf(e)
+	}
+	if g.Status.Placement == nil {
+		e.object = g
+		return nil, nil
+	}
+	id, err := snowflake.Parse(g.Status.ID)
+	if err != nil {
+		d.o.Logger.Error("guild has no valid id", "guild", g.Name, "error", err)
+		return nil, nil
+	}
+	if d.byID[e.id] == e && e.id != id {
+		delete(d.byID, e.id)
+	}
+	e.object, e.id, d.byID[id] = g, id, e
+	if d.isMine(g) {
+		d.hold(e)
+	} else {
+		stop, e.local = e.local, nil
+	}
+	// Resources change often, in what does not matter to those who wait.
+	if after := d.placeOf(e); before.Object == nil || before.Guild != after.Guild || before.Remote != after.Remote {
+		d.notify()
+	}
+	return stop, movedFrames
 }
 
 // hold opens the guild if it is not open, and brings it in line with its spec. d.mu is held.
@@ -230,7 +249,7 @@ func (d *Directory) hold(e *entry) {
 	open := e.object.JoinPolicy() == v1.JoinOpen
 	if e.local != nil {
 		e.local.SetOpen(open)
-		go e.local.Rename(context.Background(), e.object.DisplayName())
+		e.local.SetName(e.object.DisplayName())
 		return
 	}
 	r := retentionOf(d.shard)
@@ -262,42 +281,66 @@ func bootstrapChannels(g *v1.Guild) (channels []guild.BootstrapChannel) {
 }
 
 // movedFrames end the sessions of a guild that is placed elsewhere: they resume there.
-var movedFrames = append(append([]byte(nil), protocol.Reconnect...),
-	protocol.CloseFrame(protocol.CloseUnknownError, "the guild has moved")...)
+func movedFrames(uint64) []byte {
+	return append(bytes.Clone(protocol.Reconnect), protocol.CloseFrame(protocol.CloseUnknownError, "the guild has moved")...)
+}
 
 // deletedFrames end the sessions of a guild that is being deleted.
-func deletedFrames(g *guild.Guild) []byte {
-	frame, _ := protocol.Dispatch("GUILD_DELETE", g.Counts().LastSeq, fmt.Appendf(nil, `{"id":"%s"}`, g.ID()))
-	return append(frame, protocol.CloseFrame(protocol.CloseUnknownError, "the guild was deleted")...)
-}
-
-// Stop stops all guilds of this process: nothing is appended any more. Sessions are left to the caller.
-func (d *Directory) Stop() {
-	d.mu.Lock()
-	d.stopped = true
-	var stop []*guild.Guild
-	for _, e := range d.guilds {
-		if e.local != nil {
-			stop = append(stop, e.local)
-			e.local = nil
-		}
-	}
-	d.notify()
-	d.mu.Unlock()
-	for _, g := range stop {
-		g.Close(movedFrames)
+func deletedFrames(id snowflake.ID) func(seq uint64) []byte {
+	return func(seq uint64) []byte {
+		frame, _ := protocol.Dispatch("GUILD_DELETE", seq, fmt.Appendf(nil, `{"id":"%s"}`, id))
+		return append(frame, protocol.CloseFrame(protocol.CloseUnknownError, "the guild was deleted")...)
 	}
 }
 
-// Holding says whether this process holds guilds now, and the sessions on them.
-func (d *Directory) Holding() (guilds, sessions int) {
+// Reconnect asks all sessions on this process's guilds to come back on another connection.
+func (d *Directory) Reconnect() {
+	for _, g := range d.locals() {
+		g.Reconnect()
+	}
+}
+
+// locals are the guilds that this process holds.
+func (d *Directory) locals() (guilds []*guild.Guild) {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
 	for _, e := range d.guilds {
 		if e.local != nil {
-			guilds++
-			sessions += e.local.Counts().Sessions
+			guilds = append(guilds, e.local)
 		}
 	}
-	return guilds, sessions
+	return guilds
+}
+
+// Stop stops all guilds of this process: nothing is appended any more, and none is opened. Sessions
+// are let go before.
+func (d *Directory) Stop() {
+	d.mu.Lock()
+	d.stopped = true
+	d.mu.Unlock()
+	for _, g := range d.locals() {
+		g.Close(movedFrames)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, e := range d.guilds {
+		e.local = nil
+	}
+	d.notify()
+}
+
+// Stopped says that Stop has been called: no guild of this process will be available again.
+func (d *Directory) Stopped() bool {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	return d.stopped
+}
+
+// Holding says whether this process holds guilds now, and the sessions on them.
+func (d *Directory) Holding() (guilds, sessions int) {
+	locals := d.locals()
+	for _, g := range locals {
+		sessions += g.Counts().Sessions
+	}
+	return len(locals), sessions
 }

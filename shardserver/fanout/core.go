@@ -62,7 +62,7 @@ func New(o Options) *Core {
 		n = runtime.GOMAXPROCS(0)
 	}
 	for range n {
-		w := &worker{core: c, signal: make(chan struct{}, 1)}
+		w := &worker{core: c, signal: make(chan struct{}, 1), scratch: scratch{keep: maxCached}, attempt: newAttempt()}
 		c.workers = append(c.workers, w)
 		go w.run()
 	}

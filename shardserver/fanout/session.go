@@ -3,6 +3,7 @@ package fanout
 import (
 	"errors"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -15,6 +16,8 @@ const (
 	closeTimeout = 2 * time.Second
 	// idleNoop is the share of a stream's retention after which a session that got nothing is sent a no-op.
 	idleNoop = 8
+	// maxWrites bounds the writes to a session before its worker looks after the others.
+	maxWrites = 8
 )
 
 // Errors of sessions.
@@ -52,6 +55,9 @@ type Session struct {
 	cause       error // why it ended, before done is closed
 
 	// Owned by whoever writes. pos is atomic for those who measure the lag.
+	stream    *Stream // nil until the session follows one
+	owner     uint64
+	view      View
 	pos       atomic.Uint64 // cursor: position of the next frame
 	off       int           // bytes of the next admitted frame that are written already
 	gate      bool
@@ -61,15 +67,14 @@ type Session struct {
 	skipped   int64 // cost of the frames passed since the last one written
 	writtenAt int64 // when that was, Unix milliseconds
 
-	// Set by Follow, owned by the worker from then on.
-	following atomic.Bool
-	stream    *Stream
-	owner     uint64
-	view      View
-	idleBytes int64 // a no-op is due when the view let nothing of so many bytes through
-	idleTime  int64 // or nothing for so many milliseconds
-	index     int   // in its follower's sessions
-	parked    bool
+	following atomic.Bool // Follow has been called
+
+	// Owned by the worker.
+	follower *follower
+	index    int    // in the follower's sessions
+	begin    func() // shows the stream to the writer, once the session is not parked any more
+	parked   bool
+	settled  bool
 }
 
 // NewSession makes a session of a connection, which it owns from now on for writing and closing.
@@ -100,7 +105,7 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 	stream.mu.RLock()
 	pos, ok := stream.seek(start.Seq)
 	head, last := stream.first+uint64(len(stream.frames)), stream.last
-	retention, gate := stream.retention, start.GateOpen
+	gate := start.GateOpen
 	if ok {
 		gate = stream.gateAt(pos, start.Owner, start.GateOpen)
 	}
@@ -119,20 +124,26 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 			sub = f
 		}
 	}
-	s.worker.post(func() {
-		if s.finished.Load() {
-			return
-		}
+	begin := func() {
 		s.stream, s.owner, s.view, s.gate = stream, start.Owner, start.View, gate
 		s.seq = start.Seq
 		if insert != nil {
 			s.insertAt, s.insert = head, insert
 		}
-		s.pos.Store(pos)
-		s.idleBytes, s.idleTime = retention.Bytes/idleNoop, retention.Age.Milliseconds()/idleNoop
 		s.writtenAt = s.worker.clock.Load()
-		s.index = len(sub.sessions)
+	}
+	s.worker.post(func() {
+		if s.finished.Load() {
+			return
+		}
+		s.follower, s.index = sub, len(sub.sessions)
 		sub.sessions = append(sub.sessions, s)
+		s.pos.Store(pos)
+		if s.parked { // another goroutine writes, and must not see the stream come up
+			s.begin = begin
+			return
+		}
+		begin()
 		s.worker.flush(s)
 	})
 	return nil
@@ -181,7 +192,7 @@ func (s *Session) End(cause error) {
 	s.mu.Lock()
 	s.cause, s.closing, s.urgent = cause, true, nil
 	s.mu.Unlock()
-	s.socket.conn.Close()
+	s.socket.close()
 	close(s.done)
 	s.worker.post(s.leave)
 }
@@ -198,23 +209,19 @@ func (s *Session) Cause() error {
 
 // leave takes the session out of its follower.
 func (s *Session) leave() {
-	if s.stream == nil || s.parked { // its goroutine still reads the stream; it calls again
+	f := s.follower
+	if f == nil {
 		return
 	}
-	for _, f := range s.stream.subs {
-		if f.worker != s.worker {
-			continue
-		}
-		last := len(f.sessions) - 1
-		moved := f.sessions[last]
-		f.sessions[s.index], moved.index = moved, s.index
-		f.sessions[last] = nil
-		f.sessions = f.sessions[:last]
-		if moved != s && s.index < f.next { // it would miss the present round
-			s.worker.schedule(moved)
-		}
+	last := len(f.sessions) - 1
+	moved := f.sessions[last]
+	f.sessions[s.index], moved.index = moved, s.index
+	f.sessions[last] = nil
+	f.sessions = f.sessions[:last]
+	if moved != s && s.index < f.next { // it would miss the present round
+		s.worker.schedule(moved)
 	}
-	s.stream = nil
+	s.follower = nil
 }
 
 func (s *Session) fail(err error) {
@@ -225,17 +232,29 @@ func (s *Session) fail(err error) {
 	s.End(err)
 }
 
+func (s *Session) isClosing() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.closing
+}
+
+// overrun tells whether the session can no longer be brought up to date. One that is closing
+// has its time to take the last message.
 func (s *Session) overrun() bool {
-	if s.stream == nil {
+	if s.follower == nil || s.isClosing() {
 		return false
 	}
-	s.stream.mu.RLock()
-	defer s.stream.mu.RUnlock()
-	return s.pos.Load() < s.stream.first
+	stream := s.follower.stream
+	stream.mu.RLock()
+	defer stream.mu.RUnlock()
+	return s.pos.Load() < stream.first
 }
 
 // cutOverrun ends a session that has fallen behind: with a message, if it stands between frames.
 func (s *Session) cutOverrun() {
+	if s.finished.Load() {
+		return
+	}
 	s.worker.overruns.Add(1)
 	if s.parked || s.off > 0 || s.core.overrun == nil {
 		s.End(errOverrun)
@@ -251,8 +270,8 @@ type chunk struct {
 }
 
 // next finds what the session is to be sent. Whoever writes calls it, and advance with what
-// was written. cache may be nil.
-func (s *Session) next(cache *spanCache, scrap *span, window []*Frame) (chunk, error) {
+// was written.
+func (s *Session) next(b *scratch) (chunk, error) {
 	if s.off == 0 {
 		s.mu.Lock()
 		if len(s.urgent) > 0 {
@@ -271,37 +290,20 @@ func (s *Session) next(cache *spanCache, scrap *span, window []*Frame) (chunk, e
 	}
 	for {
 		if s.insert != nil && s.pos.Load() == s.insertAt && s.off == 0 {
-			s.mu.Lock()
-			s.urgent = append([][]byte{s.insert}, s.urgent...)
-			s.urgentBytes += len(s.insert)
+			wire := s.insert
 			s.insert = nil
-			c := chunk{bytes: s.urgent[0]}
-			s.mu.Unlock()
-			return c, nil
+			return s.sendFirst(wire), nil
 		}
-		var sp *span
-		if cache != nil && s.off == 0 {
-			sp = cache.find(s)
-		}
+		sp := b.find(s)
 		if sp == nil {
-			n, ok := s.stream.window(window, s.pos.Load())
+			n, ok := s.stream.window(b.window[:], s.pos.Load())
 			if !ok {
 				return chunk{}, errOverrun
 			}
 			if n == 0 {
 				return chunk{}, nil
 			}
-			shared := cache != nil && s.off == 0
-			if shared {
-				sp = cache.spare()
-			}
-			if sp == nil {
-				shared, sp = false, scrap
-			}
-			sp.build(window[:n], s, s.off)
-			if shared && !sp.special {
-				cache.keep()
-			}
+			sp = b.build(n, s)
 		}
 		if len(sp.bytes) > 0 {
 			return chunk{bytes: sp.bytes, span: sp}, nil
@@ -309,19 +311,36 @@ func (s *Session) next(cache *spanCache, scrap *span, window []*Frame) (chunk, e
 		s.pos.Store(sp.to)
 		s.gate, s.seq = sp.gateEnd, sp.seq
 		s.skipped += sp.skipped
-		if wire := s.idle(); wire != nil {
-			s.mu.Lock()
-			s.urgent = append(s.urgent, wire)
-			s.mu.Unlock()
-			return chunk{bytes: wire}, nil
+		if sp.whole {
+			if wire := s.idle(); wire != nil {
+				return s.sendFirst(wire), nil
+			}
 		}
 	}
+}
+
+// sendFirst puts a message of the core's own before those of Send. It is called between two
+// messages, so none of them is written in part.
+func (s *Session) sendFirst(wire []byte) chunk {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.urgent = slices.Insert(s.urgent, 0, wire)
+	s.urgentBytes += len(wire)
+	return chunk{bytes: wire}
+}
+
+// replayEnd is where the session's replay ends, 0 when it is behind that.
+func (s *Session) replayEnd() uint64 {
+	if s.pos.Load() < s.insertAt {
+		return s.insertAt
+	}
+	return 0
 }
 
 // idle returns a no-op message when the session has been sent nothing for a good part of what the stream keeps.
 func (s *Session) idle() []byte {
 	now := s.worker.clock.Load()
-	if s.core.noop == nil || !s.gate || s.skipped < s.idleBytes && now-s.writtenAt < s.idleTime {
+	if s.core.noop == nil || !s.gate || s.skipped < s.stream.idleBytes.Load() && now-s.writtenAt < s.stream.idleTime.Load() {
 		return nil
 	}
 	s.skipped, s.writtenAt = 0, now
@@ -370,22 +389,58 @@ func (s *Session) advance(c chunk, n int) {
 	s.off, s.gate, s.skipped = n-m.end, m.gate, 0
 }
 
-// settle runs when there is nothing left to write.
+// settle runs on the worker when there is nothing left to write.
 func (s *Session) settle() {
-	s.mu.Lock()
-	last := s.closing && len(s.urgent) == 0
-	s.mu.Unlock()
-	if last {
+	if !s.settled && s.isClosing() {
+		s.settled = true
 		s.socket.conn.SetReadDeadline(time.Now().Add(closeTimeout))
 	}
 }
 
 // drain writes, waiting for the socket, until there is nothing left.
-func (s *Session) drain() error {
-	var scrap span
-	var window [maxWindow]*Frame
-	return s.socket.drain(
-		func() (chunk, error) { return s.next(nil, &scrap, window[:]) },
-		s.advance,
-	)
+func (s *Session) drain() (err error) {
+	if s.socket.raw == nil {
+		return s.drainBlocking()
+	}
+	waitErr := s.socket.raw.Write(func(fd uintptr) (done bool) {
+		b := scratches.Get().(*scratch) // not kept while the socket is waited for
+		defer b.release()
+		for {
+			var c chunk
+			if c, err = s.next(b); err != nil || len(c.bytes) == 0 {
+				return true
+			}
+			n, again, writeErr := writeOnce(fd, c.bytes)
+			if n > 0 {
+				s.advance(c, n)
+			}
+			if writeErr != nil {
+				err = writeErr
+				return true
+			}
+			if again {
+				return false
+			}
+		}
+	})
+	if err == nil {
+		err = waitErr
+	}
+	return err
+}
+
+func (s *Session) drainBlocking() error {
+	b := scratches.Get().(*scratch)
+	defer b.release()
+	for {
+		c, err := s.next(b)
+		if err != nil || len(c.bytes) == 0 {
+			return err
+		}
+		n, err := s.socket.conn.Write(c.bytes)
+		s.advance(c, n)
+		if err != nil {
+			return err
+		}
+	}
 }

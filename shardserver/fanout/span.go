@@ -1,12 +1,17 @@
 package fanout
 
+import (
+	"slices"
+	"sync"
+)
+
 // span is the bytes that a session with a certain view is sent from one position to another.
 type span struct {
 	stream *Stream
 	view   View
 	from   uint64
-	gate   bool // the gate at from
-	replay bool
+	gate   bool   // the gate at from
+	until  uint64 // where the replay ends that it is part of, 0: none
 
 	to      uint64 // position behind the last frame looked at
 	bytes   []byte
@@ -14,7 +19,9 @@ type span struct {
 	skipped int64  // cost of the frames behind the last mark, which the view did not admit
 	seq     uint64 // number of the last frame looked at
 	gateEnd bool
-	special bool // some frames are addressed: the span is good for one owner only
+	whole   bool     // it ended where the stream ended, so not between frames of one number
+	private bool     // some frames are addressed to the session's owner: it is good for nobody else
+	others  []uint64 // owners that other frames are addressed to: it is not good for them
 }
 
 // mark is the end of a frame within a span.
@@ -24,27 +31,31 @@ type mark struct {
 	gate bool   // the gate behind the frame
 }
 
-// build fills the span for a session that stands at from, off bytes into the next frame that it is to get.
-func (sp *span) build(frames []*Frame, s *Session, off int) {
-	sp.stream, sp.view, sp.from, sp.gate = s.stream, s.view, s.pos.Load(), s.gate
-	sp.replay = sp.from < s.insertAt
-	sp.bytes, sp.marks = sp.bytes[:0], sp.marks[:0]
-	sp.skipped, sp.special = 0, false
+// build fills the span for a session that stands at from. Of a frame that is written in part
+// it is just the rest, since messages of Send may come next.
+func (sp *span) build(frames []*Frame, s *Session) {
+	sp.stream, sp.view, sp.from, sp.gate, sp.until = s.stream, s.view, s.pos.Load(), s.gate, s.replayEnd()
+	if cap(sp.bytes) > 2*maxSpan { // of a frame beyond all bounds
+		sp.bytes = nil
+	}
+	sp.bytes, sp.marks, sp.others = sp.bytes[:0], sp.marks[:0], sp.others[:0]
+	sp.skipped, sp.private = 0, false
 	gate, pos := s.gate, sp.from
 	for _, f := range frames {
-		if sp.replay && pos == s.insertAt || len(sp.bytes) > 0 && len(sp.bytes)+len(f.Wire) > maxSpan {
+		if sp.until > 0 && pos == sp.until || len(sp.bytes) > 0 && (s.off > 0 || len(sp.bytes)+len(f.Wire) > maxSpan) {
 			break
 		}
 		pos++
 		sp.seq = f.Seq
 		admitted := false
 		switch {
-		case sp.replay && f.Volatile:
-		case f.Only != nil:
-			sp.special = true
-			admitted = f.addressedTo(s.owner)
-		default:
+		case sp.until > 0 && f.Volatile:
+		case f.Only == nil:
 			admitted = gate && s.view.Admits(f)
+		case f.addressedTo(s.owner):
+			admitted, sp.private = true, true
+		default:
+			sp.others = append(sp.others, f.Only...)
 		}
 		if !admitted {
 			sp.skipped += frameCost(f)
@@ -58,43 +69,75 @@ func (sp *span) build(frames []*Frame, s *Session, off int) {
 		}
 		wire := f.Wire
 		if len(sp.marks) == 0 {
-			wire = wire[off:]
+			wire = wire[s.off:]
 		}
 		sp.bytes = append(sp.bytes, wire...)
 		sp.marks = append(sp.marks, mark{end: len(sp.bytes), pos: pos, gate: gate})
 		sp.skipped = 0
 	}
 	sp.to, sp.gateEnd = pos, gate
+	sp.whole = len(frames) < maxWindow && pos == sp.from+uint64(len(frames))
 }
 
-// spanCache keeps the spans of one pass. Its zero value is empty.
-type spanCache struct {
-	spans []*span
-	used  int
+// suits tells whether the span is what the session, at a frame boundary, is to be sent.
+func (sp *span) suits(s *Session) bool {
+	return sp.from == s.pos.Load() && sp.stream == s.stream && sp.view == s.view && sp.gate == s.gate &&
+		sp.until == s.replayEnd() && !slices.Contains(sp.others, s.owner)
 }
 
-func (c *spanCache) reset() { c.used = 0 }
+// scratch is what spans are built with. A worker keeps those of a pass, for the sessions that they suit.
+type scratch struct {
+	keep   int // how many spans it keeps
+	spans  []*span
+	used   int
+	own    span // for a session that no other one can share with
+	window [maxWindow]*Frame
+}
 
-// find returns the span that suits the session at a frame boundary, or nil.
-func (c *spanCache) find(s *Session) *span {
-	pos := s.pos.Load()
-	for _, sp := range c.spans[:c.used] {
-		if sp.from == pos && sp.stream == s.stream && sp.view == s.view && sp.gate == s.gate && sp.replay == (pos < s.insertAt) {
+// scratches are those of the goroutines that wait for a socket: they keep no span.
+var scratches = sync.Pool{New: func() any { return new(scratch) }}
+
+// release gives a scratch of scratches back.
+func (b *scratch) release() {
+	b.own.stream, b.own.view = nil, nil
+	clear(b.window[:])
+	scratches.Put(b)
+}
+
+// reset begins a pass.
+func (b *scratch) reset() {
+	for _, sp := range b.spans[:b.used] {
+		sp.stream, sp.view = nil, nil // a stream that is closed is not held on to
+	}
+	b.used = 0
+}
+
+// find returns the span of this pass that suits the session, or nil.
+func (b *scratch) find(s *Session) *span {
+	if s.off > 0 {
+		return nil
+	}
+	for _, sp := range b.spans[:b.used] {
+		if sp.suits(s) {
 			return sp
 		}
 	}
 	return nil
 }
 
-// spare returns a span to be built, nil when the cache is full. It is kept by keep.
-func (c *spanCache) spare() *span {
-	if c.used == maxCached {
-		return nil
+// build makes a span of the first n frames of the window.
+func (b *scratch) build(n int, s *Session) *span {
+	if s.off > 0 || b.used == b.keep {
+		b.own.build(b.window[:n], s)
+		return &b.own
 	}
-	if c.used == len(c.spans) {
-		c.spans = append(c.spans, &span{})
+	if b.used == len(b.spans) {
+		b.spans = append(b.spans, &span{})
 	}
-	return c.spans[c.used]
+	sp := b.spans[b.used]
+	sp.build(b.window[:n], s)
+	if !sp.private {
+		b.used++
+	}
+	return sp
 }
-
-func (c *spanCache) keep() { c.used++ }

@@ -3,6 +3,7 @@ package fanout
 import (
 	"sort"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -68,6 +69,9 @@ type Stream struct {
 	core *Core
 	subs []*follower // one per worker
 
+	// A no-op is due when a view let nothing of so many bytes through, or nothing for so many milliseconds.
+	idleBytes, idleTime atomic.Int64
+
 	mu        sync.RWMutex
 	retention Retention
 	frames    []*Frame
@@ -80,14 +84,16 @@ type Stream struct {
 
 // NewStream makes a stream whose last number is seq: sessions may start there.
 func (c *Core) NewStream(seq uint64, r Retention) *Stream {
-	s := &Stream{core: c, retention: r, lost: seq, last: seq}
+	s := &Stream{core: c, lost: seq, last: seq}
+	s.Retain(r)
 	for _, w := range c.workers {
 		s.subs = append(s.subs, &follower{stream: s, worker: w})
 	}
 	return s
 }
 
-// Publish appends frames and has them sent. It does not wait for any session.
+// Publish appends frames and has them sent. It does not wait for any session. The frames of one
+// number are published together, but for volatile ones.
 func (s *Stream) Publish(frames ...*Frame) {
 	if len(frames) == 0 {
 		return
@@ -112,6 +118,8 @@ func (s *Stream) Retain(r Retention) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.retention = r
+	s.idleBytes.Store(r.Bytes / idleNoop)
+	s.idleTime.Store(r.Age.Milliseconds() / idleNoop)
 	s.drop(s.core.now().UnixMilli())
 }
 
@@ -127,7 +135,7 @@ func (s *Stream) Close(wire []byte) {
 }
 
 // frameCost is what a frame counts for retention, with its index entry and header.
-func frameCost(f *Frame) int64 { return int64(len(f.Wire)) + 128 }
+func frameCost(f *Frame) int64 { return int64(len(f.Wire)+8*len(f.Only)) + 128 }
 
 // drop forgets the oldest frames beyond the retention; the newest one stays. s.mu is held.
 func (s *Stream) drop(now int64) {

@@ -1,6 +1,8 @@
 package fanout
 
 import (
+	"errors"
+	"slices"
 	"sync"
 	"sync/atomic"
 )
@@ -26,9 +28,7 @@ type follower struct {
 	pending bool // frames were published after the present round began
 	queued  bool // in worker.rounds, or being served
 
-	// of the present round; owned by the worker
-	head uint64
-	next int
+	next int // session to be served next in the present round; owned by the worker
 }
 
 // worker owns the writes of its sessions.
@@ -42,9 +42,8 @@ type worker struct {
 	rounds []*follower
 
 	// owned by the goroutine
-	cache  spanCache
-	scrap  span // for sessions that no other one can share with
-	window [maxWindow]*Frame
+	scratch scratch
+	attempt *attempt
 
 	deliveries, writes, bytes, overruns atomic.Uint64
 	parked                              atomic.Int64
@@ -91,14 +90,18 @@ func (w *worker) schedule(s *Session) {
 }
 
 func (w *worker) run() {
+	var posted []func()
+	var ready []*Session
 	for {
+		clear(posted)
+		clear(ready)
 		w.mu.Lock()
-		posted, ready := w.posted, w.ready
-		w.posted, w.ready = nil, nil
+		posted, w.posted = w.posted, posted[:0]
+		ready, w.ready = w.ready, ready[:0]
 		var round *follower
 		if len(w.rounds) > 0 {
 			round = w.rounds[0]
-			w.rounds = w.rounds[1:]
+			w.rounds = slices.Delete(w.rounds, 0, 1)
 			if round.next == 0 {
 				round.pending = false
 			}
@@ -109,7 +112,7 @@ func (w *worker) run() {
 		for _, f := range posted {
 			f()
 		}
-		w.cache.reset()
+		w.scratch.reset()
 		for _, s := range ready {
 			s.scheduled.Store(false)
 			w.flush(s)
@@ -130,10 +133,7 @@ func (w *worker) run() {
 
 // serve gives the follower's sessions one quantum, and queues it again behind the others while there is more to do.
 func (w *worker) serve(f *follower) {
-	if f.next == 0 {
-		f.head, _ = f.stream.Head()
-	}
-	w.cache.reset()
+	w.scratch.reset()
 	for range quantum {
 		if f.next >= len(f.sessions) {
 			break
@@ -153,7 +153,8 @@ func (w *worker) serve(f *follower) {
 	}
 }
 
-// flush writes to a session what there is for it, until its socket would block.
+// flush writes to a session what there is for it, until its socket would block. One that takes
+// much goes on in the next turn.
 func (w *worker) flush(s *Session) {
 	if s.finished.Load() {
 		return
@@ -164,8 +165,8 @@ func (w *worker) flush(s *Session) {
 		}
 		return
 	}
-	for {
-		c, err := s.next(&w.cache, &w.scrap, w.window[:])
+	for range maxWrites {
+		c, err := s.next(&w.scratch)
 		if err != nil {
 			s.fail(err)
 			return
@@ -174,7 +175,7 @@ func (w *worker) flush(s *Session) {
 			s.settle()
 			return
 		}
-		n, again, err := s.socket.try(c.bytes)
+		n, again, err := w.attempt.write(&s.socket, c.bytes)
 		if n > 0 {
 			s.advance(c, n)
 		}
@@ -187,6 +188,7 @@ func (w *worker) flush(s *Session) {
 			return
 		}
 	}
+	w.schedule(s)
 }
 
 // park leaves the session to a goroutine until its socket has taken everything there is.
@@ -195,15 +197,19 @@ func (w *worker) park(s *Session) {
 	w.parked.Add(1)
 	go func() {
 		err := s.drain()
+		overrun := errors.Is(err, errOverrun)
+		if err != nil && !overrun {
+			s.End(err)
+		}
 		w.post(func() {
 			s.parked = false
 			w.parked.Add(-1)
-			if err != nil {
-				s.fail(err)
+			if s.begin != nil {
+				s.begin()
+				s.begin = nil
 			}
-			if s.finished.Load() {
-				s.leave()
-				return
+			if overrun {
+				s.cutOverrun()
 			}
 			w.flush(s)
 		})

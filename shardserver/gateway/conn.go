@@ -11,7 +11,7 @@ import (
 
 // sharedConn is the connection under gorilla's protocol. gorilla reads from it and writes the
 // answer to the upgrade; from then on a session owns all writes, and what gorilla still writes,
-// its answers to control frames and protocol errors, is handed to it.
+// its answers to protocol errors, is handed to it.
 type sharedConn struct {
 	net.Conn
 	session atomic.Pointer[fanout.Session]

@@ -8,7 +8,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"strconv"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/gorilla/websocket"
@@ -31,11 +31,10 @@ type connection struct {
 	request   string // path and query
 	forwarded bool   // came from another pod
 
-	session *fanout.Session
-	guild   *guild.Guild
-
-	mu       sync.Mutex
+	session  atomic.Pointer[fanout.Session] // nil while the connection is held or spliced
+	guild    *guild.Guild
 	attached bool // identified or resumed
+	interval time.Duration
 
 	client  guild.Client
 	budget  int       // messages left in the present window
@@ -51,30 +50,24 @@ func (c *connection) run() {
 		return
 	}
 	session := g.o.Core.NewSession(c.conn.Conn)
-	c.mu.Lock()
-	c.session = session
-	c.mu.Unlock()
-	c.conn.session.Store(session)
 	defer session.End(nil)
+	c.conn.session.Store(session)
+	c.session.Store(session)
 	if local == nil {
-		c.close(protocol.CloseUnknownError, "the guild is not available")
-		c.discard()
+		c.finish(protocol.CloseUnknownError, "the guild is not available")
 		return
 	}
 	defer g.sessions.Add(-1)
+	if g.quitting() { // Drain may not have seen the session
+		c.finish(protocol.CloseUnknownError, restarting)
+		return
+	}
 	c.guild = local
 	c.serve()
-	c.mu.Lock()
-	attached := c.attached
-	c.mu.Unlock()
-	if attached {
+	if c.attached {
 		local.Detach(c.client)
 	}
 }
-
-// readLimit is where gorilla stops reading a message. Those between MaxClientPayload and this
-// limit are answered with the protocol's own close code.
-const readLimit = 64 << 10
 
 // closeError ends a connection with a close code.
 type closeError struct {
@@ -86,97 +79,129 @@ func (e *closeError) Error() string { return strconv.Itoa(e.code) + " " + e.reas
 
 func (c *connection) serve() {
 	if c.version != "" && c.version != "10" && c.version != "9" {
-		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
-		c.discard()
+		c.finish(protocol.CloseInvalidVersion, "v: expected 10 or 9")
 		return
 	}
-	c.ws.SetReadLimit(readLimit)
 	c.ws.SetPingHandler(func(data string) error {
-		c.session.Send(protocol.PongFrame([]byte(data)))
+		if err := c.spend(); err != nil {
+			return err
+		}
+		c.reply(protocol.PongFrame([]byte(data)))
 		return nil
 	})
 	c.ws.SetCloseHandler(func(code int, _ string) error {
 		if code == websocket.CloseNoStatusReceived {
 			code = websocket.CloseNormalClosure
 		}
-		c.session.Close(protocol.CloseFrame(code, ""))
+		c.close(code, "")
 		return nil
 	})
-	interval := heartbeatInterval - time.Duration(rand.Int64N(int64(heartbeatSpread)))
-	c.session.Send(protocol.Hello(int(interval.Milliseconds())))
-	c.expectWithin(identifyTimeout)
+	t := &c.gateway.times
+	c.interval = t.interval - rand.N(t.spread)
+	c.reply(protocol.Hello(int(c.interval.Milliseconds())))
+	c.expectWithin(t.identify)
 	for {
-		kind, payload, err := c.read()
-		if err == nil && kind != websocket.TextMessage {
-			err = &closeError{protocol.CloseDecodeError, "expected a text message"}
-		}
+		payload, err := c.read()
 		if err == nil {
-			err = c.handle(payload, interval+heartbeatGrace)
+			err = c.handle(payload)
 		}
-		if err == nil {
-			continue
+		if err != nil {
+			c.end(err)
+			return
 		}
-		var closing *closeError
-		if errors.As(err, &closing) {
-			c.close(closing.code, closing.reason)
-			c.discard()
-		} else if isTimeout(err) {
-			c.close(protocol.CloseSessionTimeout, "no heartbeat in time")
-			c.discard()
-		}
-		return
 	}
 }
 
-func isTimeout(err error) bool {
-	var timeout net.Error
-	return errors.As(err, &timeout) && timeout.Timeout()
+// end closes the connection for the reason that err is.
+func (c *connection) end(err error) {
+	var closing *closeError
+	var closed *websocket.CloseError
+	var network net.Error
+	switch {
+	case errors.As(err, &closing):
+		c.finish(closing.code, closing.reason)
+	case errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure:
+		// The client has closed, and the close handler answered. It takes the answer at once, or not
+		// at all; most clients then wait until the socket is closed.
+		time.AfterFunc(answerTime, func() { c.session.Load().End(nil) })
+		c.sink()
+	case errors.As(err, &network) && network.Timeout():
+		c.finish(protocol.CloseSessionTimeout, "nothing heard in time")
+	case errors.As(err, &closed), errors.As(err, &network), errors.Is(err, net.ErrClosed):
+		// The socket is gone.
+	default:
+		c.finish(protocol.CloseDecodeError, "not the WebSocket protocol")
+	}
 }
 
 // read reads one message of at most MaxClientPayload bytes.
-func (c *connection) read() (int, []byte, error) {
-	kind, payload, err := c.ws.ReadMessage()
-	if err == nil && len(payload) > protocol.MaxClientPayload {
-		return 0, nil, &closeError{protocol.CloseDecodeError, "payload too large"}
+func (c *connection) read() ([]byte, error) {
+	kind, r, err := c.ws.NextReader()
+	if err != nil {
+		return nil, err
 	}
-	return kind, payload, err
+	payload, err := io.ReadAll(io.LimitReader(r, protocol.MaxClientPayload+1))
+	switch {
+	case err != nil:
+		return nil, err
+	case len(payload) > protocol.MaxClientPayload:
+		return nil, &closeError{protocol.CloseDecodeError, "payload too large"}
+	case kind != websocket.TextMessage:
+		return nil, &closeError{protocol.CloseDecodeError, "expected a text message"}
+	}
+	return payload, nil
 }
 
+// expectWithin sets until when the client must be heard of. A session that is closing has a
+// deadline of its own.
 func (c *connection) expectWithin(d time.Duration) {
 	select {
-	case <-c.session.Done():
+	case <-c.session.Load().Done():
 	default:
-		c.ws.SetReadDeadline(time.Now().Add(d))
+		c.conn.SetReadDeadline(time.Now().Add(d))
 	}
 }
 
-// discard reads until the peer closes or the session's last deadline passes.
-func (c *connection) discard() {
-	io.Copy(io.Discard, io.LimitReader(c.conn.Conn, 1<<20))
-}
+// reply sends a message of the connection's own.
+func (c *connection) reply(wire []byte) { c.session.Load().Send(wire) }
 
+// close sends a close message, unless one has been sent. A connection that is held has no
+// session yet: it ends with the holding.
 func (c *connection) close(code int, reason string) {
-	c.mu.Lock()
-	session := c.session
-	c.mu.Unlock()
-	if session == nil { // held or spliced: ends with its socket
-		c.conn.Close()
-		return
+	if session := c.session.Load(); session != nil {
+		session.Close(protocol.CloseFrame(code, reason))
 	}
-	session.Close(protocol.CloseFrame(code, reason))
 }
 
-// askToReconnect sends op 7, but never before the first dispatch: several libraries start over or hang on that.
-func (c *connection) askToReconnect() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.attached {
-		c.session.Send(protocol.Reconnect)
+// finish closes the connection and gives the client the time to answer.
+func (c *connection) finish(code int, reason string) {
+	c.close(code, reason)
+	c.discard()
+}
+
+// discard reads until the client has answered the close message or has had the time to.
+func (c *connection) discard() {
+	c.conn.SetReadDeadline(time.Now().Add(closeTime)) // the one before may have passed
+	for {
+		_, _, err := c.ws.NextReader()
+		var closed *websocket.CloseError
+		if errors.As(err, &closed) {
+			return
+		}
+		if err != nil { // a reader that has failed once reads nothing more
+			c.sink()
+			return
+		}
 	}
+}
+
+// sink reads bytes, not messages, until the socket is closed.
+func (c *connection) sink() {
+	io.Copy(io.Discard, io.LimitReader(c.conn.Conn, 1<<20)) //nolint:errcheck // every outcome ends it
 }
 
 // handle acts on one message of the client.
-func (c *connection) handle(payload []byte, patience time.Duration) error {
+func (c *connection) handle(payload []byte) error {
 	if err := c.spend(); err != nil {
 		return err
 	}
@@ -186,9 +211,9 @@ func (c *connection) handle(payload []byte, patience time.Duration) error {
 	}
 	switch m.Op {
 	case protocol.OpHeartbeat:
-		c.session.Send(protocol.HeartbeatACK)
+		c.reply(protocol.HeartbeatACK)
 		if c.attached {
-			c.expectWithin(patience)
+			c.expectHeartbeat()
 		}
 		return nil
 	case protocol.OpIdentify, protocol.OpResume:
@@ -196,9 +221,9 @@ func (c *connection) handle(payload []byte, patience time.Duration) error {
 			return &closeError{protocol.CloseAlreadyAuthenticated, "already identified"}
 		}
 		if m.Op == protocol.OpIdentify {
-			return c.identify(m.Data, patience)
+			return c.identify(m.Data)
 		}
-		return c.resume(m.Data, patience)
+		return c.resume(m.Data)
 	}
 	if !c.attached {
 		return &closeError{protocol.CloseNotAuthenticated, "expected op 2 or 6 first"}
@@ -211,14 +236,16 @@ func (c *connection) handle(payload []byte, patience time.Duration) error {
 	return &closeError{protocol.CloseUnknownOpcode, "unknown op " + strconv.Itoa(m.Op)}
 }
 
-// spend counts a message against the client's limit of 120 per 60 s.
+func (c *connection) expectHeartbeat() { c.expectWithin(c.interval + c.gateway.times.grace) }
+
+// spend counts a message or a ping against the client's limit of 120 per 60 s.
 func (c *connection) spend() error {
 	now := time.Now()
 	if now.Sub(c.renewed) >= time.Minute {
 		c.budget, c.renewed = protocol.MaxClientMessages, now
 	}
 	if c.budget == 0 {
-		return &closeError{protocol.CloseRateLimited, "more than 120 messages in 60 s"}
+		return &closeError{protocol.CloseRateLimited, "more than " + strconv.Itoa(protocol.MaxClientMessages) + " messages in 60 s"}
 	}
 	c.budget--
 	return nil
@@ -227,12 +254,12 @@ func (c *connection) spend() error {
 // identifyData is op 2. Libraries send more than is documented, so what is not needed is not looked at.
 type identifyData struct {
 	Token        string          `json:"token"`
-	Intents      *uint64         `json:"intents"`
+	Intents      json.RawMessage `json:"intents"`
 	Capabilities json.RawMessage `json:"capabilities"`
 	Shard        json.RawMessage `json:"shard"`
 }
 
-func (c *connection) identify(data json.RawMessage, patience time.Duration) error {
+func (c *connection) identify(data json.RawMessage) error {
 	var d identifyData
 	if err := json.Unmarshal(data, &d); err != nil {
 		return &closeError{protocol.CloseDecodeError, "d: expected token, intents and properties"}
@@ -242,63 +269,65 @@ func (c *connection) identify(data json.RawMessage, patience time.Duration) erro
 	if err != nil {
 		return &closeError{protocol.CloseAuthenticationFailed, "authentication failed"}
 	}
-	if d.Intents == nil || !protocol.ValidIntents(*d.Intents) {
+	intents, err := strconv.ParseUint(string(d.Intents), 10, 64)
+	if err != nil || !protocol.ValidIntents(intents) {
 		return &closeError{protocol.CloseInvalidIntents, "invalid intents"}
 	}
-	var capabilities uint64
-	json.Unmarshal(d.Capabilities, &capabilities) // 0 unless it is a number
 	shard, mine, err := shardOf(d.Shard, c.id)
 	if err != nil {
 		return err
 	}
-	c.client = guild.Client{
-		Session: c.session, User: guild.NewUser(claims.User, claims.Name, claims.Bot),
-		Random: rand.Uint64(), Intents: *d.Intents,
+	capabilities, _ := strconv.ParseUint(string(d.Capabilities), 10, 63) // 0 unless it is a number
+	if !mine {
+		capabilities |= otherShard
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), identifyTimeout)
+	c.client = guild.Client{
+		Session: c.session.Load(), User: guild.NewUser(claims.User, claims.Name, claims.Bot),
+		Random: rand.Uint64(), Intents: intents, Outside: !mine,
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), c.gateway.times.identify)
 	defer cancel()
-	err = c.guild.Identify(ctx, c.client, func(s guild.Snapshot) {
+	return c.started(c.guild.Identify(ctx, c.client, func(s guild.Snapshot) {
 		sealed := keys.Seal(token.Session{
 			Log: c.guild.LogID(), Base: s.Base, User: claims.User, Random: c.client.Random,
-			Intents: *d.Intents, Capabilities: capabilities, Issued: time.Now(),
+			Intents: intents, Capabilities: capabilities, Issued: time.Now(),
 		})
-		c.setAttached()
-		member := s.Guild != nil && mine
-		c.send("READY", s.Base-1, c.ready(sealed, shard, member))
-		if member && *d.Intents&protocol.IntentGuilds != 0 {
-			c.send("GUILD_CREATE", s.Base, s.Guild)
-		}
-	})
-	return c.started(err, patience)
+		c.send("READY", s.Base-1, c.ready(sealed, shard, s.Guild != nil))
+		c.sendGuild(s)
+	}))
 }
 
+// otherShard marks the session id of a client's shard that the guild does not belong to, among
+// the capabilities.
+const otherShard = 1 << 63
+
 // started ends the attempt to identify or resume.
-func (c *connection) started(err error, patience time.Duration) error {
+func (c *connection) started(err error) error {
 	switch {
 	case err == nil:
-		c.expectWithin(patience)
+		c.attached = true
+		c.expectHeartbeat()
 		return nil
-	case errors.Is(err, guild.ErrClosed), errors.Is(err, guild.ErrBusy):
-		return &closeError{protocol.CloseUnknownError, "the guild is not available"}
 	case errors.Is(err, guild.ErrFutureSeq):
 		return &closeError{protocol.CloseInvalidSeq, "seq is above all that was sent"}
 	case errors.Is(err, guild.ErrNotResumable):
-		c.session.Send(protocol.InvalidSession) // the client identifies on this connection or on a new one
-		c.expectWithin(identifyTimeout)
+		c.reply(protocol.InvalidSession) // the client identifies on this connection or on a new one
+		c.expectWithin(c.gateway.times.identify)
 		return nil
 	}
-	return err
-}
-
-func (c *connection) setAttached() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.attached = true
+	return &closeError{protocol.CloseUnknownError, "the guild is not available"}
 }
 
 func (c *connection) send(event string, seq uint64, body []byte) {
 	frame, _ := protocol.Dispatch(event, seq, body)
-	c.session.Send(frame)
+	c.reply(frame)
+}
+
+// sendGuild sends the snapshot's guild to a client that asked for guilds.
+func (c *connection) sendGuild(s guild.Snapshot) {
+	if s.Guild != nil && c.client.Intents&protocol.IntentGuilds != 0 {
+		c.send("GUILD_CREATE", s.Base, s.Guild)
+	}
 }
 
 // shardOf reads the shard of an Identify: [index, count]. mine: the guild belongs to that shard
@@ -369,12 +398,12 @@ func (c *connection) ready(sessionID string, shard *[2]int, member bool) []byte 
 
 // resumeData is op 6.
 type resumeData struct {
-	Token     string `json:"token"`
-	SessionID string `json:"session_id"`
-	Seq       uint64 `json:"seq"`
+	Token     string          `json:"token"`
+	SessionID string          `json:"session_id"`
+	Seq       json.RawMessage `json:"seq"`
 }
 
-func (c *connection) resume(data json.RawMessage, patience time.Duration) error {
+func (c *connection) resume(data json.RawMessage) error {
 	var d resumeData
 	if err := json.Unmarshal(data, &d); err != nil {
 		return &closeError{protocol.CloseDecodeError, "d: expected token, session_id and seq"}
@@ -384,21 +413,17 @@ func (c *connection) resume(data json.RawMessage, patience time.Duration) error 
 	if err != nil {
 		return &closeError{protocol.CloseAuthenticationFailed, "authentication failed"}
 	}
+	var seq uint64 // some libraries send null for 0
+	if json.Unmarshal(d.Seq, &seq) != nil && len(d.Seq) > 0 {
+		return c.started(guild.ErrFutureSeq)
+	}
 	sealed, err := keys.Open(d.SessionID)
 	if err != nil || sealed.User != claims.User {
-		return c.started(guild.ErrNotResumable, patience)
+		return c.started(guild.ErrNotResumable)
 	}
 	c.client = guild.Client{
-		Session: c.session, User: guild.NewUser(claims.User, claims.Name, claims.Bot),
-		Random: sealed.Random, Intents: sealed.Intents,
+		Session: c.session.Load(), User: guild.NewUser(claims.User, claims.Name, claims.Bot),
+		Random: sealed.Random, Intents: sealed.Intents, Outside: sealed.Capabilities&otherShard != 0,
 	}
-	err = c.guild.Resume(c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: d.Seq}, func(s guild.Snapshot) {
-		if sealed.Intents&protocol.IntentGuilds != 0 {
-			c.send("GUILD_CREATE", s.Base, s.Guild)
-		}
-	})
-	if err == nil {
-		c.setAttached()
-	}
-	return c.started(err, patience)
+	return c.started(c.guild.Resume(c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, c.sendGuild))
 }

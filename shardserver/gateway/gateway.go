@@ -30,18 +30,32 @@ const (
 	HoldTime = 12 * time.Second
 	// maxHeld bounds the connections that are held at a time.
 	maxHeld = 4096
-	// heartbeatInterval is what HELLO asks for, less a random part that spreads the beats.
-	heartbeatInterval = 45 * time.Second
-	heartbeatSpread   = 5 * time.Second
-	// heartbeatGrace is what a heartbeat may be late.
-	heartbeatGrace = 20 * time.Second
-	// identifyTimeout is how long a client may take to identify or resume after HELLO.
-	identifyTimeout = 30 * time.Second
-	// reconnectGrace is how long clients have between op 7 and the close; discordgo waits 1 s.
-	reconnectGrace = 2500 * time.Millisecond
+	// closeTime is how long a client has to answer a close message.
+	closeTime = 3 * time.Second
+	// answerTime is how long the answer to a client's close message may take to be written.
+	answerTime = 200 * time.Millisecond
 	// sendBuffer bounds what the kernel keeps for a slow client.
 	sendBuffer = 256 << 10
+
+	restarting = "the server restarts"
 )
+
+// times of a Gateway; tests have shorter ones.
+type times struct {
+	// interval between heartbeats is what HELLO asks for, less a random part of spread.
+	interval, spread time.Duration
+	// grace is what a heartbeat may be late.
+	grace time.Duration
+	// identify is how long a client may take to identify or resume after HELLO.
+	identify time.Duration
+	// reconnect is what clients have between op 7 and the close; discordgo waits 1 s.
+	reconnect time.Duration
+}
+
+var defaultTimes = times{
+	interval: 45 * time.Second, spread: 5 * time.Second, grace: 20 * time.Second,
+	identify: 30 * time.Second, reconnect: 2500 * time.Millisecond,
+}
 
 // Options of a Gateway.
 type Options struct {
@@ -57,16 +71,18 @@ type Options struct {
 // Gateway serves WebSocket connections. Make one with New.
 type Gateway struct {
 	o        Options
+	times    times
+	maxHeld  int64
 	upgrader websocket.Upgrader
 
-	mu       sync.Mutex
-	conns    map[*connection]struct{}
-	spliced  map[*splice]struct{}
-	draining bool
-	wait     sync.WaitGroup
+	mu      sync.Mutex
+	conns   map[*connection]struct{}
+	spliced map[*splice]struct{}
+	emptied chan struct{} // told when the last connection has gone
 
 	held     atomic.Int64
 	sessions atomic.Int64
+	draining atomic.Bool   // clients that come now are held
 	quit     chan struct{} // closed when nobody is held any longer
 }
 
@@ -76,7 +92,7 @@ func New(o Options) *Gateway {
 		o.HoldTime = HoldTime
 	}
 	return &Gateway{
-		o: o,
+		o: o, times: defaultTimes, maxHeld: maxHeld,
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: 10 * time.Second,
 			ReadBufferSize:   512,
@@ -88,6 +104,7 @@ func New(o Options) *Gateway {
 		conns:   map[*connection]struct{}{},
 		spliced: map[*splice]struct{}{},
 		quit:    make(chan struct{}),
+		emptied: make(chan struct{}, 1),
 	}
 }
 
@@ -102,7 +119,7 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 		http.Error(w, "compress: expected none, this version speaks uncompressed JSON, got "+strconv.Quote(c), http.StatusBadRequest)
 		return
 	}
-	if g.held.Load() >= maxHeld {
+	if g.held.Load() >= g.maxHeld {
 		http.Error(w, "too many connections wait for their guilds", http.StatusServiceUnavailable)
 		return
 	}
@@ -111,37 +128,34 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 	if err != nil {
 		return // the upgrader has answered
 	}
-	if tcp, ok := hijacker.conn.Conn.(*net.TCPConn); ok {
-		tcp.SetWriteBuffer(sendBuffer)
+	if tcp, ok := hijacker.conn.Conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
+		tcp.SetWriteBuffer(sendBuffer) //nolint:errcheck // where it fails the kernel's own bound counts
 	}
 	c := &connection{
 		gateway: g, ws: ws, conn: hijacker.conn, id: id,
 		version: query.Get("v"), request: r.URL.RequestURI(), forwarded: r.Header.Get(splicedHeader) != "",
 	}
-	if !g.add(c) {
-		ws.Close()
-		return
-	}
+	g.add(c)
 	// The request's goroutine ends here, with all that net/http keeps for it.
 	go c.run()
 }
 
-func (g *Gateway) add(c *connection) bool {
+func (g *Gateway) add(c *connection) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.draining {
-		return false
-	}
 	g.conns[c] = struct{}{}
-	g.wait.Add(1)
-	return true
 }
 
 func (g *Gateway) remove(c *connection) {
 	g.mu.Lock()
+	defer g.mu.Unlock()
 	delete(g.conns, c)
-	g.mu.Unlock()
-	g.wait.Done()
+	if len(g.conns) == 0 {
+		select {
+		case g.emptied <- struct{}{}:
+		default:
+		}
+	}
 }
 
 // Held is the number of connections that wait for their guild.
@@ -167,38 +181,43 @@ func (g *Gateway) Sessions() int { return int(g.sessions.Load()) }
 // Drain asks every session to reconnect (op 7), closes the connections shortly afterwards in a way
 // that lets sessions resume, and returns when they are gone or ctx ends. It is called once.
 func (g *Gateway) Drain(ctx context.Context) {
-	g.mu.Lock()
-	g.draining = true
-	for c := range g.conns {
-		c.askToReconnect()
-	}
-	g.mu.Unlock()
-	select {
-	case <-time.After(reconnectGrace):
-	case <-ctx.Done():
+	g.draining.Store(true)
+	g.o.Directory.Reconnect()
+	if g.Connections() > 0 {
+		select {
+		case <-time.After(g.times.reconnect):
+		case <-ctx.Done():
+		}
 	}
 	close(g.quit)
 	g.mu.Lock()
 	for c := range g.conns {
-		c.close(protocol.CloseUnknownError, "the server restarts")
+		c.close(protocol.CloseUnknownError, restarting)
 	}
 	for s := range g.spliced {
 		s.close()
 	}
 	g.mu.Unlock()
-	gone := make(chan struct{})
-	go func() {
-		g.wait.Wait()
-		close(gone)
-	}()
-	select {
-	case <-gone:
-	case <-ctx.Done():
+	for g.Connections() > 0 {
+		select {
+		case <-g.emptied:
+		case <-ctx.Done():
+			return
+		}
 	}
 }
 
-// hijacker hands the upgrader the connection in a wrapper: once a session owns the connection,
-// gorilla's own control messages go through the session.
+// quitting says that connections are closed as they come.
+func (g *Gateway) quitting() bool {
+	select {
+	case <-g.quit:
+		return true
+	default:
+		return false
+	}
+}
+
+// hijacker hands the upgrader the connection in a wrapper.
 type hijacker struct {
 	http.ResponseWriter
 	conn *sharedConn
@@ -218,6 +237,7 @@ func (c *connection) hold() (local *guild.Guild, remote net.Conn) {
 	for attempt := 0; ; attempt++ {
 		place, changed := g.o.Directory.Find(c.id)
 		switch {
+		case g.draining.Load():
 		case place.Guild != nil && g.admit():
 			return place.Guild, nil
 		case place.Remote != "" && !c.forwarded:

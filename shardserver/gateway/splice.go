@@ -44,6 +44,7 @@ func (g *Gateway) dial(address, request string, deadline time.Time) (net.Conn, e
 		conn.Close()
 		return nil, err
 	}
+	response.Body.Close()
 	if response.StatusCode != http.StatusSwitchingProtocols {
 		conn.Close()
 		return nil, errNotUpgraded
@@ -81,7 +82,6 @@ func (g *Gateway) splice(client, holder net.Conn) {
 	s := &splice{client: client, holder: holder}
 	g.mu.Lock()
 	g.spliced[s] = struct{}{}
-	draining := g.draining
 	g.mu.Unlock()
 	defer func() {
 		s.close()
@@ -89,7 +89,7 @@ func (g *Gateway) splice(client, holder net.Conn) {
 		delete(g.spliced, s)
 		g.mu.Unlock()
 	}()
-	if draining {
+	if g.quitting() { // Drain may not have seen the splice
 		return
 	}
 	if e, ok := holder.(*earlyConn); ok {

@@ -5,8 +5,10 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"regexp"
+	"strings"
 	"unicode/utf8"
 
 	"guildhall.dev/guildhall/shardserver/fanout"
@@ -22,8 +24,14 @@ const (
 	MaxBatch = 1000
 	// MaxContent is the longest content of a message, in characters.
 	MaxContent = 2000
-	// MaxChannels is the largest number of channels of a guild.
+	// MaxChannels and MaxRoles are the largest numbers of channels and roles of a guild.
 	MaxChannels = 500
+	MaxRoles    = 250
+	// MaxTopic is the longest topic of a channel, in characters.
+	MaxTopic = 1024
+	// MaxEmbeds and MaxComponents are the most embeds and components of a message.
+	MaxEmbeds     = 10
+	MaxComponents = 40
 	// MaxKey is the longest idempotency key, in bytes.
 	MaxKey = 128
 )
@@ -37,6 +45,11 @@ type Event struct {
 	// Users limits the event to those users' sessions; all when absent.
 	Users []snowflake.ID `json:"users,omitempty"`
 }
+
+// maxPosition keeps channel positions within what all clients read.
+const maxPosition = 1<<16 - 1
+
+var errOverwrites = fieldError("permission_overwrites", "expected none: every member sees every channel in this version")
 
 var eventName = regexp.MustCompile(`^[A-Z][A-Z0-9_]{0,63}$`)
 
@@ -64,6 +77,9 @@ func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint
 		fmt.Fprintf(digest, "%s %d %v ", e.Type, len(body), e.Users)
 		digest.Write(body)
 	}
+	if key != "" {
+		key = "key " + key // apart from the keys of messages
+	}
 	var numbers []uint64
 	err := g.do(ctx, func(t *tx) error {
 		entry, found, err := g.keys.find(key, [32]byte(digest.Sum(nil)), g.now())
@@ -73,6 +89,9 @@ func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint
 		if found {
 			numbers = entry.numbers
 			return nil
+		}
+		if err := g.state.room(events, bodies); err != nil {
+			return err
 		}
 		numbers = make([]uint64, len(events))
 		for i, e := range events {
@@ -96,7 +115,7 @@ func (g *Guild) prepare(e Event) ([]byte, error) {
 		return nil, fieldError("d", fmt.Sprintf("expected at most %d bytes, got %d", MaxEventSize, len(e.Data)))
 	}
 	var fields map[string]json.RawMessage
-	if err := json.Unmarshal(e.Data, &fields); err != nil || fields == nil {
+	if err := json.Unmarshal(e.Data, &fields); err != nil || fields == nil || !utf8.Valid(e.Data) {
 		return nil, fieldError("d", "expected a JSON object")
 	}
 	if e.Users != nil && len(e.Users) == 0 {
@@ -119,7 +138,7 @@ func (g *Guild) prepare(e Event) ([]byte, error) {
 	} else if ok && string(fields["guild_id"]) != `"`+g.id.String()+`"` {
 		return nil, fieldError("d.guild_id", "expected this guild's id, "+g.id.String())
 	}
-	if err := check(e.Type, out); err != nil {
+	if err := check(g.id, e.Type, out); err != nil {
 		return nil, prefixField("d.", err)
 	}
 	return out, nil
@@ -127,10 +146,15 @@ func (g *Guild) prepare(e Event) ([]byte, error) {
 
 // prefixField puts a prefix before the field that an error names.
 func prefixField(prefix string, err error) error {
-	if invalid, ok := err.(*InvalidError); ok {
-		return &InvalidError{Field: prefix + invalid.Field, Expected: invalid.Expected}
+	var invalid *InvalidError
+	var wrong *json.UnmarshalTypeError
+	switch {
+	case errors.As(err, &invalid):
+		return fieldError(prefix+invalid.Field, invalid.Expected)
+	case errors.As(err, &wrong) && wrong.Field != "":
+		return fieldError(prefix+wrong.Field, "not a "+wrong.Value)
 	}
-	return &InvalidError{Field: prefix[:len(prefix)-1], Expected: err.Error()}
+	return fieldError(strings.TrimSuffix(prefix, "."), err.Error())
 }
 
 // publish emits an event and what follows from it for sessions of the user whom it lets in or out.
@@ -141,29 +165,17 @@ func (t *tx) publish(name string, body []byte, users []snowflake.ID) uint64 {
 		mustDecodeRaw(body, &ref)
 	}
 	wasMember := ref.User != nil && g.state.members[ref.User.ID] != nil
+	if name == "GUILD_MEMBER_REMOVE" && wasMember {
+		// Before the record's own frame: a session that is cut between two frames of one number
+		// would miss the second.
+		t.derive(t.last+1, "GUILD_DELETE", encode(map[string]snowflake.ID{"id": g.id}), ref.User.ID, fanout.CloseGate)
+		g.sessions.left(ref.User.ID)
+	}
 	seq := t.emit(name, body, users)
-	switch {
-	case name == "GUILD_MEMBER_ADD" && !wasMember:
-		if g.sessions.has(ref.User.ID) {
-			t.derive("GUILD_CREATE", g.state.guildCreate(g.id, ref.User.ID), ref.User.ID, fanout.OpenGate)
-		}
-	case name == "GUILD_MEMBER_REMOVE" && wasMember:
-		t.derive("GUILD_DELETE", encode(map[string]snowflake.ID{"id": g.id}), ref.User.ID, fanout.CloseGate)
+	if name == "GUILD_MEMBER_ADD" && !wasMember && g.sessions.joined(ref.User.ID) {
+		t.derive(seq, "GUILD_CREATE", g.state.guildCreate(g.id, ref.User.ID), ref.User.ID, fanout.OpenGate)
 	}
 	return seq
-}
-
-// Rename changes the name that clients show.
-func (g *Guild) Rename(ctx context.Context, name string) error {
-	return g.do(ctx, func(t *tx) error {
-		if g.state.name == name {
-			return nil
-		}
-		object := g.state.object(g.id)
-		object.Name = name
-		t.emit("GUILD_UPDATE", encode(object), nil)
-		return nil
-	})
 }
 
 // Join makes a user a member. It returns the member object, and whether the user was none before.
@@ -247,8 +259,12 @@ func (g *Guild) CreateChannel(ctx context.Context, n NewChannel) (object json.Ra
 		return nil, fieldError("name", "expected 1 to 100 characters")
 	case n.Type != ChannelText && n.Type != ChannelVoice && n.Type != ChannelCategory:
 		return nil, fieldError("type", "expected 0 (text), 2 (voice) or 4 (category)")
+	case n.Topic != nil && utf8.RuneCountInString(*n.Topic) > MaxTopic:
+		return nil, fieldError("topic", fmt.Sprintf("expected at most %d characters", MaxTopic))
+	case n.Position != nil && (*n.Position < 0 || *n.Position > maxPosition):
+		return nil, fieldError("position", fmt.Sprintf("expected 0 to %d", maxPosition))
 	case len(n.Overwrites) > 0:
-		return nil, fieldError("permission_overwrites", "expected none: every member sees every channel in this version")
+		return nil, errOverwrites
 	}
 	err = g.do(ctx, func(t *tx) error {
 		if len(g.state.channels) >= MaxChannels {
@@ -288,8 +304,23 @@ func (g *Guild) DeleteChannel(ctx context.Context, id snowflake.ID) (object json
 	return object, err
 }
 
-// NewMessage is a request to send a message. Fields that are passed on as they are have been
-// checked to be JSON of the right kind.
+// Reference is the message that a message replies to.
+type Reference struct {
+	Type      int           `json:"type"`
+	MessageID *snowflake.ID `json:"message_id,omitempty"`
+	ChannelID *snowflake.ID `json:"channel_id,omitempty"`
+	GuildID   *snowflake.ID `json:"guild_id,omitempty"`
+}
+
+// Message types and flags of the protocol.
+const (
+	messageDefault = 0
+	messageReply   = 19
+	// SUPPRESS_EMBEDS, SUPPRESS_NOTIFICATIONS and IS_COMPONENTS_V2: those that a sender may set.
+	messageFlags = 1<<2 | 1<<12 | 1<<15
+)
+
+// NewMessage is a request to send a message.
 type NewMessage struct {
 	Content      string            `json:"content"`
 	TTS          bool              `json:"tts"`
@@ -297,7 +328,7 @@ type NewMessage struct {
 	Components   []json.RawMessage `json:"components"`
 	Nonce        json.RawMessage   `json:"nonce"`
 	EnforceNonce bool              `json:"enforce_nonce"`
-	Reference    json.RawMessage   `json:"message_reference"`
+	Reference    *Reference        `json:"message_reference"`
 	Flags        int64             `json:"flags"`
 	Attachments  []json.RawMessage `json:"attachments"`
 	StickerIDs   []string          `json:"sticker_ids"`
@@ -323,20 +354,15 @@ type message struct {
 	Pinned          bool              `json:"pinned"`
 	Flags           int64             `json:"flags"`
 	Nonce           string            `json:"nonce,omitempty"`
-	Reference       json.RawMessage   `json:"message_reference,omitempty"`
+	Reference       *Reference        `json:"message_reference,omitempty"`
 	GuildID         snowflake.ID      `json:"guild_id,omitzero"`
 	Member          json.RawMessage   `json:"member,omitempty"`
 }
 
 // SendMessage sends a message of a member, or of a backend, to a channel and returns the message object.
 func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author User, backend bool, n NewMessage) (json.RawMessage, error) {
-	switch {
-	case len(n.Attachments) > 0 || len(n.StickerIDs) > 0 || len(n.Poll) > 0 && string(n.Poll) != "null":
-		return nil, fieldError("attachments", "expected none: files, stickers and polls are not supported in this version")
-	case n.Content == "" && len(n.Embeds) == 0 && len(n.Components) == 0:
-		return nil, fieldError("content", "expected content, embeds or components")
-	case utf8.RuneCountInString(n.Content) > MaxContent:
-		return nil, fieldError("content", fmt.Sprintf("expected at most %d characters", MaxContent))
+	if err := n.check(author.Bot || backend); err != nil {
+		return nil, err
 	}
 	nonce, err := nonceString(n.Nonce)
 	if err != nil {
@@ -364,12 +390,13 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 			return nil
 		}
 		m := message{
-			ID: g.ids.Next(), ChannelID: channel, Author: author, Content: n.Content, Timestamp: timestamp(now),
+			ID: g.ids.Next(), Type: messageDefault, ChannelID: channel, Author: author, Content: n.Content, Timestamp: timestamp(now),
 			TTS: n.TTS, Mentions: []struct{}{}, MentionRoles: []struct{}{}, Attachments: []struct{}{},
-			Embeds: orEmpty(n.Embeds), Components: orEmpty(n.Components), Flags: n.Flags, Nonce: nonce,
+			Embeds: orEmpty(n.Embeds), Components: orEmpty(n.Components), Flags: n.Flags & messageFlags, Nonce: nonce,
 		}
-		if len(n.Reference) > 0 && string(n.Reference) != "null" {
-			m.Reference = n.Reference
+		if n.Reference != nil {
+			m.Type = messageReply
+			m.Reference = &Reference{MessageID: n.Reference.MessageID, ChannelID: &channel, GuildID: &g.id}
 		}
 		answer = encode(m)
 		m.GuildID = g.id
@@ -385,6 +412,43 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 		return nil
 	})
 	return answer, err
+}
+
+// check says whether a message can be sent. What other clients are sent as it is, they must be able
+// to read: so embeds and components are for senders that know what they do, as with Discord.
+func (n *NewMessage) check(trusted bool) error {
+	switch {
+	case len(n.Attachments) > 0:
+		return fieldError("attachments", "expected none: files are not supported in this version")
+	case len(n.StickerIDs) > 0:
+		return fieldError("sticker_ids", "expected none: stickers are not supported in this version")
+	case len(n.Poll) > 0 && string(n.Poll) != "null":
+		return fieldError("poll", "expected none: polls are not supported in this version")
+	case n.Content == "" && len(n.Embeds) == 0 && len(n.Components) == 0:
+		return fieldError("content", "expected content, embeds or components")
+	case utf8.RuneCountInString(n.Content) > MaxContent:
+		return fieldError("content", fmt.Sprintf("expected at most %d characters", MaxContent))
+	case n.Reference != nil && (n.Reference.Type != 0 || n.Reference.MessageID == nil):
+		return fieldError("message_reference", "expected the message_id that this replies to, and no other type")
+	}
+	for _, list := range []struct {
+		field   string
+		objects []json.RawMessage
+		limit   int
+	}{{"embeds", n.Embeds, MaxEmbeds}, {"components", n.Components, MaxComponents}} {
+		switch {
+		case len(list.objects) > 0 && !trusted:
+			return fieldError(list.field, "expected none: only bots and backends send them")
+		case len(list.objects) > list.limit:
+			return fieldError(list.field, fmt.Sprintf("expected at most %d", list.limit))
+		}
+		for i, object := range list.objects {
+			if object[0] != '{' || !utf8.Valid(object) {
+				return fieldError(fmt.Sprintf("%s[%d]", list.field, i), "expected an object")
+			}
+		}
+	}
+	return nil
 }
 
 func orEmpty(list []json.RawMessage) []json.RawMessage {
@@ -407,7 +471,7 @@ func nonceString(raw json.RawMessage) (string, error) {
 		}
 		s = n.String()
 	}
-	if len(s) > 25 {
+	if utf8.RuneCountInString(s) > 25 {
 		return "", fieldError("nonce", "expected at most 25 characters")
 	}
 	return s, nil

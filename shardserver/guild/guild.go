@@ -102,6 +102,7 @@ type Guild struct {
 	settings struct {
 		sync.RWMutex
 		open bool
+		name string // that the resource asks for
 	}
 }
 
@@ -121,7 +122,7 @@ func Open(c Config) (*Guild, error) {
 	if g.events == nil {
 		g.events = new(atomic.Uint64)
 	}
-	g.settings.open = c.Open
+	g.settings.open, g.settings.name = c.Open, c.Name
 	g.sessions.init()
 	if g.log.Last() == 0 {
 		if err := g.log.Append([]guildlog.Record{g.birthRecord(c)}); err != nil {
@@ -139,9 +140,12 @@ func Open(c Config) (*Guild, error) {
 		}
 	}
 	g.stream = c.Core.NewStream(g.log.Last(), streamRetention(c.Retention))
+	renamed := c.Name != g.state.name
 	go g.run()
-	if c.Name != g.state.name {
-		g.Rename(context.Background(), c.Name)
+	if renamed {
+		if err := g.rename(); err != nil {
+			return nil, fmt.Errorf("renaming guild %s: %w", c.ID, err)
+		}
 	}
 	return g, nil
 }
@@ -153,7 +157,9 @@ func (g *Guild) birthRecord(c Config) guildlog.Record {
 	}
 	b := birth{ID: c.ID, Name: c.Name}
 	for i, ch := range channels {
-		b.Channels = append(b.Channels, channelObject(c.ID, c.IDs.Next(), ch.Type, ch.Name, i, nil, nil))
+		// The same ids at each birth: bots that know a channel find it in the new log.
+		id := c.ID + 1 + snowflake.ID(i)
+		b.Channels = append(b.Channels, channelObject(c.ID, id, ch.Type, ch.Name, i, nil, nil))
 	}
 	b.Roles = append(b.Roles, everyoneRole(c.ID))
 	return guildlog.Record{Seq: guildlog.First, Time: g.now().UnixMilli(), Type: "GUILD_CREATE", Data: encode(b)}
@@ -201,15 +207,51 @@ func (g *Guild) Open() bool {
 	return g.settings.open
 }
 
+// SetName changes the name that clients show, when the resource asks for another than before. It
+// does not wait for the log.
+func (g *Guild) SetName(name string) {
+	g.settings.Lock()
+	defer g.settings.Unlock()
+	if g.settings.name != name {
+		g.settings.name = name
+		go g.rename() //nolint:errcheck // fails only as the guild is closed
+	}
+}
+
+// rename gives the guild the name of the settings. Of two that overtake each other the last
+// one finds nothing to do.
+func (g *Guild) rename() error {
+	return g.do(context.Background(), func(t *tx) error {
+		g.settings.RLock()
+		defer g.settings.RUnlock()
+		if g.state.name != g.settings.name {
+			object := g.state.object(g.id)
+			object.Name = g.settings.name
+			t.emit("GUILD_UPDATE", encode(object), nil)
+		}
+		return nil
+	})
+}
+
 // SetRetention changes what the log and the stream keep.
 func (g *Guild) SetRetention(r guildlog.Retention) {
 	g.log.Retain(r)
 	g.stream.Retain(streamRetention(r))
 }
 
+// Reconnect asks the sessions to come back on another connection (op 7). The request stands in the
+// stream: it overtakes neither READY nor a replay, which some libraries do not survive.
+func (g *Guild) Reconnect() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.stream.Publish(&fanout.Frame{
+		Seq: g.log.Last(), Wire: protocol.Reconnect, Tag: protocol.EventOf("RESUMED"), Volatile: true,
+	})
+}
+
 // Close ends the guild in this process: commands fail with ErrClosed, and sessions are sent
-// last, a frame, and closed. It returns when nothing is appended any more.
-func (g *Guild) Close(last []byte) {
+// last, made for the log's last number, and closed. It returns when nothing is appended any more.
+func (g *Guild) Close(last func(seq uint64) []byte) {
 	g.mu.Lock()
 	select {
 	case <-g.closed:
@@ -218,7 +260,7 @@ func (g *Guild) Close(last []byte) {
 	}
 	g.mu.Unlock()
 	<-g.stopped
-	g.stream.Close(last)
+	g.stream.Close(last(g.log.Last()))
 }
 
 // command is one request to the log. run decides, then stages records on the transaction. An
@@ -335,10 +377,10 @@ func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 	return t.last
 }
 
-// derive stages a frame computed from the record emitted last, for one user.
-func (t *tx) derive(name string, body []byte, user snowflake.ID, gate fanout.Gate) {
-	f := &fanout.Frame{Seq: t.last, Tag: protocol.EventOf(name), Only: []uint64{uint64(user)}, Gate: gate}
-	f.Wire, _ = protocol.Dispatch(name, t.last, body)
+// derive stages a frame computed from the record of number seq, for one user.
+func (t *tx) derive(seq uint64, name string, body []byte, user snowflake.ID, gate fanout.Gate) {
+	f := &fanout.Frame{Seq: seq, Tag: protocol.EventOf(name), Only: []uint64{uint64(user)}, Gate: gate}
+	f.Wire, _ = protocol.Dispatch(name, seq, body)
 	t.frames = append(t.frames, f)
 }
 

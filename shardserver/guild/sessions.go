@@ -25,7 +25,13 @@ type registry struct {
 	mu       sync.Mutex
 	sessions map[uint64]*attached // by the session id's random part
 	users    map[snowflake.ID]int // sessions of each user
+	// away are users who are no members, and may come back to a session that they had: when they
+	// join meanwhile, the session has to find its GUILD_CREATE in the stream.
+	away map[snowflake.ID]struct{}
 }
+
+// maxAway bounds registry.away; beyond it some are forgotten.
+const maxAway = 100_000
 
 type attached struct {
 	session *fanout.Session
@@ -35,6 +41,29 @@ type attached struct {
 func (r *registry) init() {
 	r.sessions = map[uint64]*attached{}
 	r.users = map[snowflake.ID]int{}
+	r.away = map[snowflake.ID]struct{}{}
+}
+
+// left notes that a user who is no member may come back to a session.
+func (r *registry) left(user snowflake.ID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for forgotten := range r.away {
+		if len(r.away) < maxAway {
+			break
+		}
+		delete(r.away, forgotten)
+	}
+	r.away[user] = struct{}{}
+}
+
+// joined says whether a user who joins has a session, or may come back to one.
+func (r *registry) joined(user snowflake.ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	_, away := r.away[user]
+	delete(r.away, user)
+	return away || r.users[user] > 0
 }
 
 // attach registers a session. A session of the same id that is still there is ended: the newest counts.
@@ -65,12 +94,6 @@ func (r *registry) detach(random uint64, s *fanout.Session) {
 	if r.users[a.user]--; r.users[a.user] == 0 {
 		delete(r.users, a.user)
 	}
-}
-
-func (r *registry) has(user snowflake.ID) bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.users[user] > 0
 }
 
 func (r *registry) counts() (sessions, online int) {
@@ -104,6 +127,16 @@ type Client struct {
 	// Random tells the user's sessions apart.
 	Random  uint64
 	Intents uint64
+	// Outside marks a client's shard that the guild does not belong to: it sees nothing of the guild.
+	Outside bool
+}
+
+// owner is whom the stream's addressed frames are for.
+func (c *Client) owner() uint64 {
+	if c.Outside {
+		return 0
+	}
+	return uint64(c.User.ID)
 }
 
 // Snapshot is where a new session starts.
@@ -120,7 +153,7 @@ func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) er
 	g.mu.RLock()
 	member := g.state.members[c.User.ID] != nil
 	g.mu.RUnlock()
-	if !member && g.Open() {
+	if !member && !c.Outside && g.Open() {
 		if _, _, err := g.Join(ctx, c.User); err != nil {
 			return err
 		}
@@ -133,12 +166,17 @@ func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) er
 	default:
 	}
 	s := Snapshot{Base: g.log.Last()}
-	member = g.state.members[c.User.ID] != nil
+	member = g.seenBy(&c)
 	if member {
 		s.Guild = g.snapshot(c.User.ID)
 	}
 	ready(s)
 	return g.follow(c, fanout.Start{GateOpen: member, Seq: s.Base})
+}
+
+// seenBy says whether a client sees the guild. g.mu is held for reading.
+func (g *Guild) seenBy(c *Client) bool {
+	return !c.Outside && g.state.members[c.User.ID] != nil
 }
 
 // snapshot is GUILD_CREATE's body. g.mu is held for reading; the shared parts are made under a lock of their own.
@@ -150,7 +188,7 @@ func (g *Guild) snapshot(user snowflake.ID) json.RawMessage {
 
 // follow attaches a session to the stream. g.mu is held for reading.
 func (g *Guild) follow(c Client, start fanout.Start) error {
-	start.View, start.Owner = viewOf(c.Intents), uint64(c.User.ID)
+	start.View, start.Owner = viewOf(c.Intents), c.owner()
 	if err := c.Session.Follow(g.stream, start); err != nil {
 		return err
 	}
@@ -159,7 +197,14 @@ func (g *Guild) follow(c Client, start fanout.Start) error {
 }
 
 // Detach forgets a session that has ended.
-func (g *Guild) Detach(c Client) { g.sessions.detach(c.Random, c.Session) }
+func (g *Guild) Detach(c Client) {
+	g.mu.RLock()
+	defer g.mu.RUnlock()
+	g.sessions.detach(c.Random, c.Session)
+	if g.state.members[c.User.ID] == nil {
+		g.sessions.left(c.User.ID)
+	}
+}
 
 // Resumption is what a client asks to go on from.
 type Resumption struct {
@@ -186,7 +231,7 @@ func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 	case r.Seq > last:
 		return ErrFutureSeq
 	}
-	member := g.state.members[c.User.ID] != nil
+	member := g.seenBy(&c)
 	start := fanout.Start{GateOpen: member, Seq: r.Seq, Replayed: protocol.Resumed}
 	if r.Seq < r.Base {
 		start.Seq = last

@@ -8,6 +8,7 @@ import (
 	"sort"
 	"strconv"
 	"time"
+	"unicode/utf8"
 
 	"guildhall.dev/guildhall/shardserver/guildlog"
 	"guildhall.dev/guildhall/shardserver/snowflake"
@@ -95,13 +96,28 @@ type memberRef struct {
 	} `json:"user"`
 }
 
-// check says whether the state can take an event of type t with body data, a JSON object.
-func check(t string, data []byte) error {
+// check says whether the state of guild id can take an event of type t with body data, a compact
+// JSON object. What every client is told when it connects must not be what clients cannot read.
+func check(id snowflake.ID, t string, data []byte) error {
 	switch t {
+	case "GUILD_UPDATE":
+		var g struct {
+			ID   *snowflake.ID `json:"id"`
+			Name *string       `json:"name"`
+		}
+		if err := json.Unmarshal(data, &g); err != nil {
+			return err
+		}
+		switch {
+		case g.ID != nil && *g.ID != id:
+			return fieldError("id", "expected this guild's id, "+id.String())
+		case g.Name != nil && (*g.Name == "" || utf8.RuneCountInString(*g.Name) > 100):
+			return fieldError("name", "expected 1 to 100 characters")
+		}
 	case "CHANNEL_CREATE", "CHANNEL_UPDATE":
 		var c struct {
 			channelRef
-			Overwrites []json.RawMessage `json:"permission_overwrites"`
+			Overwrites json.RawMessage `json:"permission_overwrites"`
 		}
 		if err := json.Unmarshal(data, &c); err != nil {
 			return err
@@ -109,12 +125,14 @@ func check(t string, data []byte) error {
 		switch {
 		case c.ID == nil:
 			return fieldError("id", "expected the channel's id, a snowflake")
-		case c.Type == nil:
-			return fieldError("type", "expected the channel's type, a number")
+		case c.Type == nil || !channelTypes[*c.Type]:
+			return fieldError("type", "expected the type of a guild's channel: 0, 2, 4, 5, 13, 15 or 16")
 		case c.Name == nil:
 			return fieldError("name", "expected the channel's name")
-		case len(c.Overwrites) > 0:
-			return fieldError("permission_overwrites", "expected none: every member sees every channel in this version")
+		case c.Position < 0 || c.Position > maxPosition:
+			return fieldError("position", fmt.Sprintf("expected 0 to %d", maxPosition))
+		case len(c.Overwrites) > 0 && string(c.Overwrites) != "[]":
+			return errOverwrites
 		}
 	case "CHANNEL_DELETE":
 		var c channelRef
@@ -141,13 +159,53 @@ func check(t string, data []byte) error {
 			return fieldError("role_id", "expected the role's id, a snowflake")
 		}
 	case "GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE", "GUILD_MEMBER_REMOVE":
-		var m memberRef
+		var m struct {
+			memberRef
+			Roles    json.RawMessage `json:"roles"`
+			JoinedAt *string         `json:"joined_at"`
+		}
 		if err := json.Unmarshal(data, &m); err != nil {
 			return err
 		}
-		if m.User == nil || m.User.ID == 0 {
+		switch {
+		case m.User == nil || m.User.ID == 0:
 			return fieldError("user.id", "expected the member's user id, a snowflake")
+		case len(m.Roles) > 0 && m.Roles[0] != '[':
+			return fieldError("roles", "expected an array of role ids")
+		case m.JoinedAt != nil && *m.JoinedAt == "":
+			return fieldError("joined_at", "expected a timestamp or null")
 		}
+	}
+	return nil
+}
+
+// channelTypes are those that stand in a guild's list of channels; libraries refuse others.
+var channelTypes = map[int]bool{ChannelText: true, ChannelVoice: true, ChannelCategory: true, 5: true, 13: true, 15: true, 16: true}
+
+// room says whether the guild can take the channels and roles that events with these bodies add.
+func (s *state) room(events []Event, bodies [][]byte) error {
+	channels, roles := len(s.channels), len(s.roles)
+	for i, e := range events {
+		switch e.Type {
+		case "CHANNEL_CREATE", "CHANNEL_UPDATE":
+			var c channelRef
+			mustDecodeRaw(bodies[i], &c)
+			if s.channels[*c.ID] == nil {
+				channels++
+			}
+		case "GUILD_ROLE_CREATE", "GUILD_ROLE_UPDATE":
+			var r roleRef
+			mustDecodeRaw(bodies[i], &r)
+			if s.roles[r.Role.ID] == nil {
+				roles++
+			}
+		}
+	}
+	switch {
+	case channels > len(s.channels) && channels > MaxChannels:
+		return fieldError("d", fmt.Sprintf("the guild can have %d channels, this would make %d", MaxChannels, channels))
+	case roles > len(s.roles) && roles > MaxRoles:
+		return fieldError("d", fmt.Sprintf("the guild can have %d roles, this would make %d", MaxRoles, roles))
 	}
 	return nil
 }
@@ -199,11 +257,21 @@ func (s *state) apply(r *guildlog.Record) {
 		var ref roleRef
 		mustDecode(r, &ref)
 		delete(s.roles, *ref.RoleID)
-	case "GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE":
+	case "GUILD_MEMBER_ADD":
 		var m memberRef
 		mustDecode(r, &m)
 		s.members[m.User.ID] = r.Data
 		return // members are not in the shared parts
+	case "GUILD_MEMBER_UPDATE": // may lack fields that have not changed
+		var m memberRef
+		mustDecode(r, &m)
+		if old := s.members[m.User.ID]; old != nil {
+			var fields map[string]json.RawMessage
+			mustDecodeRaw(old, &fields)
+			mustDecode(r, &fields)
+			s.members[m.User.ID] = encode(fields)
+		}
+		return
 	case "GUILD_MEMBER_REMOVE":
 		var m memberRef
 		mustDecode(r, &m)
@@ -319,14 +387,14 @@ func (s *state) object(id snowflake.ID) guildObject {
 func (s *state) guildCreate(id, user snowflake.ID) []byte {
 	member := s.members[user]
 	var joined struct {
-		At string `json:"joined_at"`
+		At *string `json:"joined_at"`
 	}
 	mustDecodeRaw(member, &joined)
 	shared := s.sharedParts(id)
 	body := make([]byte, 0, len(shared)+len(member)+128)
 	body = append(body, shared...)
 	body = append(body, `,"joined_at":`...)
-	body = append(body, quoted(joined.At)...)
+	body = append(body, encode(joined.At)...)
 	body = append(body, `,"member_count":`...)
 	body = strconv.AppendInt(body, int64(len(s.members)), 10)
 	body = append(body, `,"members":[`...)
@@ -417,7 +485,5 @@ func encode(v any) []byte {
 	}
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
-
-func quoted(s string) []byte { return encode(s) }
 
 func timestamp(t time.Time) string { return t.UTC().Format("2006-01-02T15:04:05.000000-07:00") }

@@ -3,6 +3,7 @@ package rest
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httputil"
@@ -16,14 +17,15 @@ const forwardedHeader = "Guildhall-Spliced"
 // forwarder passes requests on to the pod that holds their guild.
 type forwarder struct {
 	transport *http.Transport
+	logger    *slog.Logger
 }
 
 // errNotSent: the request did not reach the other pod.
 var errNotSent = errors.New("rest: the other pod cannot be reached")
 
-func newForwarder(holdTime time.Duration) forwarder {
+func newForwarder(holdTime time.Duration, logger *slog.Logger) forwarder {
 	dialer := &net.Dialer{Timeout: 2 * time.Second}
-	return forwarder{transport: &http.Transport{
+	return forwarder{logger: logger, transport: &http.Transport{
 		// A pod that restarts is dialled again until a client would give up waiting.
 		DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
 			ctx, cancel := context.WithTimeout(ctx, holdTime)
@@ -47,6 +49,7 @@ func newForwarder(holdTime time.Duration) forwarder {
 func (f forwarder) serve(w http.ResponseWriter, r *http.Request, address string) {
 	proxy := httputil.ReverseProxy{
 		Transport: f.transport,
+		ErrorLog:  slog.NewLogLogger(f.logger.Handler(), slog.LevelDebug),
 		Rewrite: func(p *httputil.ProxyRequest) {
 			p.SetURL(&url.URL{Scheme: "http", Host: address})
 			p.Out.Host = p.In.Host

@@ -14,10 +14,14 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
+	"path"
+	"reflect"
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/shardserver/directory"
@@ -67,7 +71,7 @@ type call func(*request) (status int, body any, err error)
 // New makes a Handler.
 func New(o Options) *Handler {
 	h := &Handler{o: o, mux: http.NewServeMux(), waiting: make(chan struct{}, maxWaiting)}
-	h.forward = newForwarder(o.HoldTime)
+	h.forward = newForwarder(o.HoldTime, o.Logger)
 	open := func(pattern string, c call) { h.mux.Handle(pattern, h.endpoint(c, false)) }
 	authed := func(pattern string, c call) { h.mux.Handle(pattern, h.endpoint(c, true)) }
 
@@ -88,21 +92,19 @@ func New(o Options) *Handler {
 	authed("GET /channels/{channel}", h.getChannel)
 	authed("DELETE /channels/{channel}", h.deleteChannel)
 	authed("POST /channels/{channel}/messages", h.sendMessage)
-	h.mux.HandleFunc("/", func(w http.ResponseWriter, r *http.Request) {
-		writeError(w, &apiError{http.StatusNotFound, 0, "404: Not Found: no such route: " + r.Method + " " + r.URL.Path})
-	})
+	h.mux.HandleFunc("/", noRoute)
 	return h
 }
 
+// Close lets go of the connections to other pods.
+func (h *Handler) Close() { h.forward.transport.CloseIdleConnections() }
+
 type contextKey struct{}
 
-// Serve answers a request to the guild with that id. path is what stands behind /api/v10.
-func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID, path string) {
+// Serve answers a request to the guild with that id. route is what stands behind /api/v10.
+func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID, route string) {
 	ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
 	defer cancel()
-	deadline := time.Now().Add(requestTimeout)
-	http.NewResponseController(w).SetReadDeadline(deadline)
-	http.NewResponseController(w).SetWriteDeadline(deadline.Add(requestTimeout))
 	r.Body = http.MaxBytesReader(w, r.Body, maxBody)
 	place, err := h.find(ctx, r, id)
 	if err != nil {
@@ -113,22 +115,33 @@ func (h *Handler) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID,
 		h.forward.serve(w, r.WithContext(ctx), place.Remote)
 		return
 	}
+	if route != path.Clean(route) { // the mux would redirect, to a place that it does not know
+		noRoute(w, r)
+		return
+	}
 	inner := r.Clone(context.WithValue(ctx, contextKey{}, place))
-	inner.URL.Path, inner.URL.RawPath = path, ""
+	inner.URL.Path, inner.URL.RawPath = route, ""
 	h.mux.ServeHTTP(w, inner)
+}
+
+func noRoute(w http.ResponseWriter, r *http.Request) {
+	writeError(w, &apiError{http.StatusNotFound, 0, "404: Not Found: no such route: " + r.Method + " " + r.URL.Path})
 }
 
 // find waits until the guild is available here or on another pod that this request has not come from.
 func (h *Handler) find(ctx context.Context, r *http.Request, id snowflake.ID) (directory.Place, error) {
 	timeout := time.NewTimer(h.o.HoldTime)
 	defer timeout.Stop()
+	forwarded := r.Header.Get(forwardedHeader) != ""
 	held := false
 	for {
 		place, changed := h.o.Directory.Find(id)
-		if place.Guild != nil || place.Remote != "" && r.Header.Get(forwardedHeader) == "" {
+		switch {
+		case place.Guild != nil || place.Remote != "" && !forwarded:
 			return place, nil
-		}
-		if place.Object == nil && h.o.Directory.Synced() {
+		case h.o.Directory.Stopped():
+			return place, errUnavailable
+		case place.Object == nil && !forwarded && h.o.Directory.Synced():
 			return place, &apiError{http.StatusNotFound, 10004, "Unknown Guild: no guild with id " + id.String() + " is placed in this namespace"}
 		}
 		if !held {
@@ -241,18 +254,47 @@ func decode(r *request, v any) error {
 		return invalid("Content-Type", "expected application/json: files are not supported in this version")
 	}
 	body, err := io.ReadAll(r.Body)
-	if err != nil {
+	var tooLarge *http.MaxBytesError
+	var network net.Error
+	switch {
+	case err == nil:
+	case errors.As(err, &tooLarge):
 		return err
+	case errors.As(err, &network) && network.Timeout():
+		return &apiError{http.StatusRequestTimeout, 0, "408: Request Timeout: the body did not arrive in time"}
+	default:
+		return invalid("body", err.Error())
+	}
+	if !utf8.Valid(body) {
+		return invalid("body", "expected UTF-8")
 	}
 	err = json.Unmarshal(body, v)
 	var wrongType *json.UnmarshalTypeError
 	switch {
 	case err == nil:
 		return nil
-	case errors.As(err, &wrongType):
-		return invalid(wrongType.Field, "expected "+wrongType.Type.String()+", got a "+wrongType.Value)
+	case errors.As(err, &wrongType) && wrongType.Field != "":
+		return invalid(wrongType.Field, "expected "+kindOf(wrongType.Type)+", got a "+wrongType.Value)
 	}
-	return invalid("body", "expected a JSON object: "+err.Error())
+	return invalid("body", "expected a JSON object with the fields of this route: "+err.Error())
+}
+
+// kindOf is a type as JSON knows it.
+func kindOf(t reflect.Type) string {
+	switch t.Kind() {
+	case reflect.Bool:
+		return "a boolean"
+	case reflect.Int, reflect.Int64, reflect.Uint64:
+		if t == reflect.TypeFor[snowflake.ID]() {
+			return "a snowflake, in a string"
+		}
+		return "an integer"
+	case reflect.String:
+		return "a string"
+	case reflect.Slice:
+		return "an array"
+	}
+	return "an object"
 }
 
 // guildID checks the guild of the route against the one of the address.

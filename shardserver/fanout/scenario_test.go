@@ -1,0 +1,422 @@
+package fanout
+
+import (
+	"errors"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// scene is a core of one worker, and a stream that keeps all.
+type scene struct {
+	*testing.T
+	core   *Core
+	stream *Stream
+	model  model
+}
+
+var keepAll = Retention{Bytes: 1 << 40, Age: 1e6 * time.Hour}
+
+// play runs a scene in which nothing is real but the code: no sockets and no time.
+func play(t *testing.T, o Options, act func(*scene)) {
+	synctest.Test(t, func(t *testing.T) {
+		o.Workers = 1
+		s := &scene{T: t, core: New(o)}
+		s.stream = s.core.NewStream(0, keepAll)
+		act(s)
+		synctest.Wait()
+		s.core.Stop()
+	})
+}
+
+// hold stops the worker until the returned function is called: what happens meanwhile is one pass.
+func (s *scene) hold() (release func()) {
+	held := make(chan struct{})
+	s.core.workers[0].post(func() { <-held })
+	synctest.Wait()
+	return func() { close(held); synctest.Wait() }
+}
+
+// actor is a session of owner 1 that sees topic 0, and its peer.
+type actor struct {
+	*Session
+	peer *fakeConn
+}
+
+func (s *scene) connect(allowed int) actor {
+	fake := newFake(allowed)
+	a := actor{s.core.NewSession(fakeSocket{fake}), fake}
+	s.Cleanup(func() { a.End(nil) })
+	return a
+}
+
+func (s *scene) follow(a actor, start Start) {
+	start.View = topics(1)
+	if start.Owner == 0 {
+		start.Owner = 1
+	}
+	if err := a.Follow(s.stream, start); err != nil {
+		s.Error(err)
+	}
+}
+
+// publish publishes a frame for each padding, of topic 0.
+func (s *scene) publish(paddings ...int) {
+	for _, n := range paddings {
+		s.stream.Publish(s.model.frame(s.model.last()+1, 0, n))
+	}
+}
+
+// got checks all that the peer got, without the padding.
+func (s *scene) got(a actor, want ...string) {
+	s.Helper()
+	synctest.Wait()
+	got := strings.TrimRight(strings.ReplaceAll(string(a.peer.bytes()), "x", ""), "\n")
+	got = strings.ReplaceAll(got, " \n", "\n")
+	if got = strings.TrimRight(got, " "); got != strings.Join(want, "\n") {
+		s.Errorf("got %q, expected %q", got, strings.Join(want, "\n"))
+	}
+}
+
+// ended checks whether the session has ended, and why.
+func (s *scene) ended(a actor, want bool, cause error) {
+	s.Helper()
+	synctest.Wait()
+	select {
+	case <-a.Done():
+		if !want || !errors.Is(a.Cause(), cause) {
+			s.Errorf("ended with %v, expected: %v, %v", a.Cause(), want, cause)
+		}
+	default:
+		if want {
+			s.Error("has not ended")
+		}
+	}
+}
+
+var live = Start{GateOpen: true}
+
+func TestScenes(t *testing.T) {
+	var during func() // called by the next no-op
+	options := Options{
+		Overrun: overrun,
+		Noop: func(seq uint64) []byte {
+			if f := during; f != nil {
+				during = nil
+				f()
+			}
+			return noop(seq)
+		},
+	}
+	for sentence, act := range map[string]func(*scene){
+		"replays with different ends in one pass each get their own end": func(s *scene) {
+			a, b := s.connect(unlimited), s.connect(unlimited)
+			release := s.hold()
+			s.publish(0, 0)
+			s.follow(a, Start{GateOpen: true, Replayed: replayed})
+			s.publish(0)
+			s.follow(b, Start{GateOpen: true, Replayed: replayed})
+			s.publish(0)
+			release()
+			s.got(a, "f 0", "f 1", "replayed 2", "f 2", "f 3")
+			s.got(b, "f 0", "f 1", "f 2", "replayed 3", "f 3")
+		},
+		"what is addressed to one owner is not shared with others": func(s *scene) {
+			a, b, c := s.connect(unlimited), s.connect(unlimited), s.connect(unlimited)
+			s.follow(b, Start{GateOpen: true, Owner: 2})
+			s.follow(a, live)
+			s.follow(c, live)
+			s.stream.Publish(s.model.frame(1, 0, 0), s.model.frame(2, 0, 0, 2), s.model.frame(3, 0, 0))
+			s.got(a, "f 0", "f 2")
+			s.got(b, "f 0", "f 1", "f 2")
+			s.got(c, "f 0", "f 2")
+		},
+		"while the gate is closed only addressed frames pass": func(s *scene) {
+			a, b := s.connect(unlimited), s.connect(unlimited)
+			s.follow(a, live)
+			s.follow(b, Start{Owner: 2})
+			gate := func(g Gate, owner uint64) {
+				f := s.model.frame(s.model.last()+1, 1, 0, owner)
+				f.Gate = g
+				s.stream.Publish(f)
+			}
+			release := s.hold()
+			s.publish(0)
+			gate(OpenGate, 2)
+			s.publish(0)
+			gate(CloseGate, 1)
+			s.publish(0)
+			gate(LeaveGate, 1)
+			release()
+			s.got(a, "f 0", "f 2", "f 3", "f 5")
+			s.got(b, "f 1", "f 2", "f 4")
+		},
+		"a session that starts to follow while parked goes on when it can": func(s *scene) {
+			a := s.connect(0)
+			a.Send(line("m 0"))
+			synctest.Wait()
+			s.follow(a, live)
+			s.publish(0)
+			a.peer.take(2)
+			synctest.Wait()
+			s.publish(0)
+			a.peer.take(unlimited)
+			s.got(a, "m 0", "f 0", "f 1")
+		},
+		"a stream's end reaches a session that follows it only once it is not parked": func(s *scene) {
+			a := s.connect(0)
+			a.Send(line("m 0"))
+			synctest.Wait()
+			s.follow(a, live)
+			s.stream.Close(closing)
+			synctest.Wait()
+			a.peer.take(unlimited)
+			s.got(a, "m 0", "close")
+		},
+		"messages of Send come before frames that are not yet begun": func(s *scene) {
+			a := s.connect(7)
+			s.follow(a, live)
+			release := s.hold()
+			s.publish(0, 0, 0)
+			release()
+			a.Send(line("m 0"))
+			a.peer.take(unlimited)
+			s.got(a, "f 0", "f 1", "m 0", "f 2")
+		},
+		"a message of Send that meets a no-op is not lost": func(s *scene) {
+			a := s.connect(unlimited)
+			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour})
+			s.follow(a, live)
+			during = func() { a.Send(line("m 0")) }
+			s.stream.Publish(s.model.frame(1, 1, 0))
+			s.got(a, "noop 1", "m 0")
+		},
+		"a no-op that meets Close does not come behind the last message": func(s *scene) {
+			a := s.connect(unlimited)
+			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour})
+			s.follow(a, live)
+			during = func() { a.Close(closing) }
+			s.stream.Publish(s.model.frame(1, 1, 0))
+			s.got(a, "noop 1", "close")
+		},
+		"a no-op comes when an eighth of the retention was not let through": func(s *scene) {
+			a := s.connect(unlimited)
+			s.stream.Retain(Retention{Bytes: 8 * 3 * 140, Age: time.Hour})
+			s.follow(a, live)
+			const pad = 140 - 128 - len("f 0 \n")
+			s.stream.Publish(s.model.frame(1, 0, pad), s.model.frame(2, 1, pad), s.model.frame(3, 1, pad))
+			synctest.Wait()
+			s.stream.Publish(s.model.frame(4, 1, pad), s.model.frame(5, 0, pad))
+			synctest.Wait()
+			for seq := range uint64(3) {
+				s.stream.Publish(s.model.frame(6+seq, 1, pad))
+				synctest.Wait()
+			}
+			s.got(a, "f 0", "f 4", "noop 8")
+		},
+		"a no-op comes when an eighth of the time went by without a frame": func(s *scene) {
+			a := s.connect(unlimited)
+			s.stream.Retain(Retention{Bytes: 1 << 30, Age: 8 * time.Minute})
+			s.follow(a, live)
+			for i := range 3 {
+				s.stream.Publish(s.model.frame(uint64(i+1), 1, 0))
+				synctest.Wait()
+				time.Sleep(time.Minute)
+			}
+			s.got(a, "noop 2", "noop 3")
+		},
+		"a no-op never has a number of which frames are still to come": func(s *scene) {
+			a := s.connect(unlimited)
+			s.stream.Retain(Retention{Bytes: 8, Age: time.Hour})
+			s.follow(a, live)
+			var frames []*Frame
+			for range maxWindow {
+				frames = append(frames, s.model.frame(1, 1, 0))
+			}
+			s.stream.Retain(Retention{Bytes: 1 << 20, Age: time.Hour})
+			s.stream.idleBytes.Store(1)
+			s.stream.Publish(append(frames, s.model.frame(1, 0, 0))...)
+			s.got(a, "f 256")
+		},
+		"a session that fell behind between frames is told": func(s *scene) {
+			a := s.connect(unlimited)
+			s.follow(a, live)
+			release := s.hold()
+			s.stream.Retain(Retention{Bytes: 200, Age: time.Hour})
+			s.publish(100, 100)
+			release()
+			s.got(a, "overrun")
+			if n := s.core.Stats().Overruns; n != 1 {
+				s.Errorf("%d overruns", n)
+			}
+		},
+		"a session that fell behind within a frame is cut at once": func(s *scene) {
+			a := s.connect(3)
+			s.follow(a, live)
+			s.publish(100)
+			synctest.Wait()
+			s.stream.Retain(Retention{Bytes: 200, Age: time.Hour})
+			s.publish(100)
+			s.ended(a, true, errOverrun)
+			if n := s.core.Stats().Overruns; n != 1 {
+				s.Errorf("%d overruns", n)
+			}
+		},
+		"a session that is closing has its time to do so, however far the stream goes on": func(s *scene) {
+			a := s.connect(0)
+			s.follow(a, live)
+			a.Send(line("m 0"))
+			synctest.Wait()
+			a.Close(closing)
+			s.stream.Retain(Retention{Bytes: 200, Age: time.Hour})
+			s.publish(100, 100)
+			s.ended(a, false, nil)
+			a.peer.take(unlimited)
+			s.got(a, "m 0", "close")
+		},
+		"a peer that takes nothing does not hold up the end": func(s *scene) {
+			a := s.connect(0)
+			s.follow(a, live)
+			s.publish(0)
+			a.Close(closing)
+			s.ended(a, false, nil)
+			time.Sleep(closeTimeout)
+			s.ended(a, true, os.ErrDeadlineExceeded)
+		},
+		"a peer that takes the last message but does not close is closed": func(s *scene) {
+			a := s.connect(unlimited)
+			a.Close(closing)
+			a.Send(line("m 0"))
+			s.got(a, "close")
+			s.ended(a, false, nil)
+			time.Sleep(closeTimeout + time.Second)
+			s.ended(a, true, nil)
+		},
+		"a peer that does not take its messages is cut when they are too many": func(s *scene) {
+			a := s.connect(0)
+			for range maxUrgent>>20 + 1 {
+				a.Send(make([]byte, 1<<20))
+			}
+			s.ended(a, true, errUrgent)
+		},
+		"no-ops do not widen the bound of Send": func(s *scene) {
+			a := s.connect(unlimited)
+			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour})
+			s.follow(a, live)
+			s.stream.Publish(s.model.frame(1, 1, 0))
+			synctest.Wait()
+			a.Send(line("m 0"))
+			synctest.Wait()
+			if a.urgentBytes != 0 {
+				s.Errorf("%d bytes counted, none wait", a.urgentBytes)
+			}
+		},
+		"a session that leaves during a pass takes nobody's frame away": func(s *scene) {
+			var actors []actor
+			for range 3 * quantum {
+				a := s.connect(unlimited)
+				s.follow(a, live)
+				actors = append(actors, a)
+			}
+			synctest.Wait()
+			actors[quantum+1].peer.onWrite = func() { actors[3].End(nil); actors[quantum+9].End(nil) }
+			s.publish(0)
+			for i, a := range actors {
+				if i != quantum+9 {
+					s.got(a, "f 0")
+				}
+			}
+		},
+		"what is published during a pass reaches those who were served before": func(s *scene) {
+			var actors []actor
+			for range quantum + 1 {
+				a := s.connect(unlimited)
+				s.follow(a, live)
+				actors = append(actors, a)
+			}
+			synctest.Wait()
+			once := sync.OnceFunc(func() { s.publish(0) })
+			actors[1].peer.onWrite = once
+			s.publish(0)
+			for _, a := range actors {
+				s.got(a, "f 0", "f 1")
+			}
+		},
+		"a quiet stream waits for one quantum of a hot one": func(s *scene) {
+			writes := 0
+			for range 4 * quantum {
+				a := s.connect(unlimited)
+				a.peer.onWrite = func() { writes++ }
+				s.follow(a, live)
+			}
+			quiet, before := s.connect(unlimited), -1
+			stream := s.core.NewStream(0, keepAll)
+			if err := quiet.Follow(stream, Start{View: topics(1), GateOpen: true}); err != nil {
+				s.Error(err)
+			}
+			synctest.Wait()
+			quiet.peer.onWrite = func() { before = writes }
+			release := s.hold()
+			s.publish(0)
+			stream.Publish((&model{}).frame(1, 0, 0))
+			release()
+			if before != quantum {
+				s.Errorf("%d writes came before, expected %d", before, quantum)
+			}
+			if writes != 4*quantum {
+				s.Errorf("%d writes, expected %d", writes, 4*quantum)
+			}
+		},
+		"a session with much to replay lets others go first, and gets it all": func(s *scene) {
+			for range 4 * maxWrites {
+				s.publish(maxSpan)
+			}
+			a, b := s.connect(unlimited), s.connect(unlimited)
+			writes, before := 0, -1
+			a.peer.onWrite = func() { writes++ }
+			b.peer.onWrite = func() { before = writes }
+			release := s.hold()
+			s.follow(a, live)
+			b.Send(line("m 0"))
+			release()
+			if before != maxWrites || writes != 4*maxWrites {
+				s.Errorf("%d of %d writes came before, expected %d of %d", before, writes, maxWrites, 4*maxWrites)
+			}
+		},
+		"a connection that is slow to close does not hold up its worker": func(s *scene) {
+			fake, closed := newFake(0), make(chan struct{})
+			fake.onClose = func() { <-closed }
+			slow := actor{s.core.NewSession(fake), fake} // no plain socket
+			slow.Send(line("m 0"))
+			synctest.Wait()
+			s.core.workers[0].post(func() { slow.End(nil) })
+			a := s.connect(unlimited)
+			a.Send(line("m 0"))
+			s.got(a, "m 0")
+			close(closed)
+		},
+	} {
+		t.Run(sentence, func(t *testing.T) { play(t, options, act) })
+	}
+}
+
+// TestWritesOfAnySize cuts the writes of one run at every offset.
+func TestWritesOfAnySize(t *testing.T) {
+	for size := 1; size <= 60; size++ {
+		play(t, Options{}, func(s *scene) {
+			a := s.connect(0)
+			s.publish(3, 5)
+			a.Send(line("m 0"))
+			s.follow(a, Start{GateOpen: true, Replayed: replayed})
+			s.publish(0, 20)
+			for range 100/size + 1 {
+				a.peer.take(size)
+				synctest.Wait()
+			}
+			s.got(a, "m 0", "f 0", "f 1", "replayed 2", "f 2", "f 3")
+		})
+	}
+}
