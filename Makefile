@@ -102,6 +102,19 @@ test-e2e: ## Run the end-to-end tests, on a cluster of their own (root).
 		echo "no end-to-end tests here"; \
 	fi
 
+# How often bench measures each, and with how many sessions.
+ROUNDS ?= 3
+SESSIONS ?= 1000,5000,15000
+# Where bench draws its results, docs/bench.svg for the documentation; empty: nowhere.
+PICTURE ?=
+
+.PHONY: bench
+bench: ## Compare fan-out with other servers and the bare floor (ROUNDS, SESSIONS; PICTURE=docs/bench.svg draws).
+	$(GO_BUILD) -o build/bench/shardserver ./shardserver
+	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
+	build/bench/bench run --shardserver build/bench/shardserver --rounds $(ROUNDS) --sessions $(SESSIONS) \
+		--csv build/bench.csv --picture "$(PICTURE)"
+
 ##@ Build
 
 # CGO_ENABLED=0: the binaries run in an image that has nothing else.

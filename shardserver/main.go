@@ -146,7 +146,7 @@ func makeKeys(dir string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name())
+	defer os.Remove(f.Name()) //nolint:errcheck // gone already when all went well
 	_, err = fmt.Fprintln(f, token.GenerateKey())
 	if err = errors.Join(err, f.Close()); err != nil {
 		return err

@@ -209,7 +209,7 @@ func (s *server) run(ctx context.Context) (err error) {
 	s.directory.Stop()
 	for _, server := range []*http.Server{clients, admins} {
 		if server.Shutdown(end) != nil {
-			server.Close()
+			_ = server.Close()
 		}
 	}
 	s.rest.Close()

@@ -71,6 +71,7 @@ func (f *floor) accept(e *endpoints) error {
 	if err != nil {
 		return err
 	}
+	defer file.Close()
 	listener := int(file.Fd()) // blocking from here on
 	buffer := make([]byte, 4096)
 	for {

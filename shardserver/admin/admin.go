@@ -46,7 +46,7 @@ func NewHandler(o Options) http.Handler {
 			}
 		}
 		w.Header().Set("Content-Type", "application/json")
-		json.NewEncoder(w).Encode(o.Report(r.URL.Query().Get("boot"), since))
+		_ = json.NewEncoder(w).Encode(o.Report(r.URL.Query().Get("boot"), since))
 	})
 	mux.Handle("GET /metrics", promhttp.HandlerFor(o.Metrics, promhttp.HandlerOpts{}))
 	return mux

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guild"
@@ -71,7 +73,7 @@ type entry struct {
 // New makes an empty Directory.
 func New(o Options) *Directory {
 	return &Directory{
-		o: o, shard: &v1.GuildShard{},
+		o: o, shard: &v1.GuildShard{ObjectMeta: metav1.ObjectMeta{Name: o.ShardName}},
 		guilds: map[string]*entry{}, byID: map[snowflake.ID]*entry{}, changed: make(chan struct{}),
 		reports: newReporter(),
 	}

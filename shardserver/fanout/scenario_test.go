@@ -70,6 +70,13 @@ func (s *scene) publish(paddings ...int) {
 	}
 }
 
+// gate publishes a frame to an owner, behind which their gate is as g says.
+func (s *scene) gate(g Gate, owner uint64) {
+	f := s.model.frame(s.model.last()+1, 1, 0, owner)
+	f.Gate = g
+	s.stream.Publish(f)
+}
+
 // got checks all that the peer got, without the padding.
 func (s *scene) got(a actor, want ...string) {
 	s.Helper()
@@ -135,24 +142,21 @@ func TestScenes(t *testing.T) {
 			s.got(c, "f 0", "f 2")
 		},
 		"while the gate is closed only addressed frames pass": func(s *scene) {
-			a, b := s.connect(unlimited), s.connect(unlimited)
+			a, b, c := s.connect(unlimited), s.connect(unlimited), s.connect(unlimited)
 			s.follow(a, live)
 			s.follow(b, Start{Owner: 2})
-			gate := func(g Gate, owner uint64) {
-				f := s.model.frame(s.model.last()+1, 1, 0, owner)
-				f.Gate = g
-				s.stream.Publish(f)
-			}
+			s.follow(c, Start{Owner: 3})
 			release := s.hold()
 			s.publish(0)
-			gate(OpenGate, 2)
+			s.gate(OpenGate, 2)
 			s.publish(0)
-			gate(CloseGate, 1)
+			s.gate(CloseGate, 1)
 			s.publish(0)
-			gate(LeaveGate, 1)
+			s.gate(LeaveGate, 1)
 			release()
 			s.got(a, "f 0", "f 2", "f 3", "f 5")
 			s.got(b, "f 1", "f 2", "f 4")
+			s.got(c)
 		},
 		"a session that starts to follow while parked goes on when it can": func(s *scene) {
 			a := s.connect(0)
@@ -409,14 +413,18 @@ func TestWritesOfAnySize(t *testing.T) {
 		play(t, Options{}, func(s *scene) {
 			a := s.connect(0)
 			s.publish(3, 5)
+			s.gate(CloseGate, 1)
+			s.publish(8)
 			a.Send(line("m 0"))
-			s.follow(a, Start{GateOpen: true, Replayed: replayed})
+			s.follow(a, Start{Replayed: replayed})
+			s.publish(9)
+			s.gate(OpenGate, 1)
 			s.publish(0, 20)
 			for range 100/size + 1 {
 				a.peer.take(size)
 				synctest.Wait()
 			}
-			s.got(a, "m 0", "f 0", "f 1", "replayed 2", "f 2", "f 3")
+			s.got(a, "m 0", "f 0", "f 1", "f 2", "replayed 4", "f 5", "f 6", "f 7")
 		})
 	}
 }

@@ -37,7 +37,9 @@ func TestHeldForALimitedTime(t *testing.T) {
 
 func TestHeldClientsThatGoAwayAreForgotten(t *testing.T) {
 	w := newWorld(t, setup{unplaced: true, hold: 300 * time.Millisecond})
-	w.dial(query).cut()
+	c := w.dial(query)
+	eventually(t, "the client is held", func() bool { return w.gateway.Held() == 1 })
+	c.cut()
 }
 
 func TestALimitedNumberIsHeld(t *testing.T) {

@@ -101,8 +101,8 @@ func (g *Gateway) splice(client, holder net.Conn) {
 		client.SetWriteDeadline(time.Time{})
 	}
 	go func() {
-		io.Copy(holder, client)
+		_, _ = io.Copy(holder, client) // its end is all that matters
 		s.close()
 	}()
-	io.Copy(client, holder)
+	_, _ = io.Copy(client, holder)
 }

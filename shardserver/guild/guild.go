@@ -101,8 +101,9 @@ type Guild struct {
 
 	settings struct {
 		sync.RWMutex
-		open bool
-		name string // that the resource asks for
+		open    bool
+		name    string // that the resource asks for
+		renamed bool   // and that the guild is yet to be given
 	}
 }
 
@@ -140,12 +141,10 @@ func Open(c Config) (*Guild, error) {
 		}
 	}
 	g.stream = c.Core.NewStream(g.log.Last(), streamRetention(c.Retention))
-	renamed := c.Name != g.state.name
+	g.settings.renamed = c.Name != g.state.name
 	go g.run()
-	if renamed {
-		if err := g.rename(); err != nil {
-			return nil, fmt.Errorf("renaming guild %s: %w", c.ID, err)
-		}
+	if err := g.rename(); err != nil {
+		return nil, fmt.Errorf("renaming guild %s: %w", c.ID, err)
 	}
 	return g, nil
 }
@@ -213,22 +212,22 @@ func (g *Guild) SetName(name string) {
 	g.settings.Lock()
 	defer g.settings.Unlock()
 	if g.settings.name != name {
-		g.settings.name = name
+		g.settings.name, g.settings.renamed = name, true
 		go g.rename() //nolint:errcheck // fails only as the guild is closed
 	}
 }
 
-// rename gives the guild the name of the settings. Of two that overtake each other the last
-// one finds nothing to do.
+// rename gives the guild the name of the settings, unless that has been done.
 func (g *Guild) rename() error {
 	return g.do(context.Background(), func(t *tx) error {
-		g.settings.RLock()
-		defer g.settings.RUnlock()
-		if g.state.name != g.settings.name {
+		g.settings.Lock()
+		defer g.settings.Unlock()
+		if g.settings.renamed && g.state.name != g.settings.name {
 			object := g.state.object(g.id)
 			object.Name = g.settings.name
 			t.emit("GUILD_UPDATE", encode(object), nil)
 		}
+		g.settings.renamed = false
 		return nil
 	})
 }

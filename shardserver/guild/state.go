@@ -75,12 +75,14 @@ type birth struct {
 	Roles    []json.RawMessage `json:"roles"`
 }
 
-// channelRef, roleRef, memberRef are the parts of event bodies that the state is kept by.
+// channelRef, roleRef, memberRef are the parts of event bodies that are checked, and that the
+// state is kept by.
 type channelRef struct {
-	ID       *snowflake.ID `json:"id"`
-	Type     *int          `json:"type"`
-	Name     *string       `json:"name"`
-	Position int           `json:"position"`
+	ID         *snowflake.ID   `json:"id"`
+	Type       *int            `json:"type"`
+	Name       *string         `json:"name"`
+	Position   int             `json:"position"`
+	Overwrites json.RawMessage `json:"permission_overwrites"`
 }
 
 type roleRef struct {
@@ -94,6 +96,8 @@ type memberRef struct {
 	User *struct {
 		ID snowflake.ID `json:"id"`
 	} `json:"user"`
+	Roles    json.RawMessage `json:"roles"`
+	JoinedAt *string         `json:"joined_at"`
 }
 
 // check says whether the state of guild id can take an event of type t with body data, a compact
@@ -115,10 +119,7 @@ func check(id snowflake.ID, t string, data []byte) error {
 			return fieldError("name", "expected 1 to 100 characters")
 		}
 	case "CHANNEL_CREATE", "CHANNEL_UPDATE":
-		var c struct {
-			channelRef
-			Overwrites json.RawMessage `json:"permission_overwrites"`
-		}
+		var c channelRef
 		if err := json.Unmarshal(data, &c); err != nil {
 			return err
 		}
@@ -159,11 +160,7 @@ func check(id snowflake.ID, t string, data []byte) error {
 			return fieldError("role_id", "expected the role's id, a snowflake")
 		}
 	case "GUILD_MEMBER_ADD", "GUILD_MEMBER_UPDATE", "GUILD_MEMBER_REMOVE":
-		var m struct {
-			memberRef
-			Roles    json.RawMessage `json:"roles"`
-			JoinedAt *string         `json:"joined_at"`
-		}
+		var m memberRef
 		if err := json.Unmarshal(data, &m); err != nil {
 			return err
 		}
@@ -386,15 +383,13 @@ func (s *state) object(id snowflake.ID) guildObject {
 // (https://docs.discord.com/developers/events/gateway-events#guild-create).
 func (s *state) guildCreate(id, user snowflake.ID) []byte {
 	member := s.members[user]
-	var joined struct {
-		At *string `json:"joined_at"`
-	}
-	mustDecodeRaw(member, &joined)
+	var ref memberRef
+	mustDecodeRaw(member, &ref)
 	shared := s.sharedParts(id)
 	body := make([]byte, 0, len(shared)+len(member)+128)
 	body = append(body, shared...)
 	body = append(body, `,"joined_at":`...)
-	body = append(body, encode(joined.At)...)
+	body = append(body, encode(ref.JoinedAt)...)
 	body = append(body, `,"member_count":`...)
 	body = strconv.AppendInt(body, int64(len(s.members)), 10)
 	body = append(body, `,"members":[`...)

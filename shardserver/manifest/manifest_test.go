@@ -160,10 +160,14 @@ func TestRefused(t *testing.T) {
 		"a name that is a number":   {guild("5", ""), []string{"document 1, Guild: metadata: Invalid value", "string"}},
 		"metadata that is a string": {"apiVersion: guildhall.dev/v1\nkind: Guild\nmetadata: a\n", []string{"metadata: Invalid value"}},
 		"a label that is none":      {strings.Replace(guild("a", ""), "{name", "{labels: {x: a b}, name", 1), []string{"metadata.labels: Invalid value: \"a b\""}},
-		"what the API server writes": {strings.Replace(guild("a", ""), "{name", "{uid: x, deletionTimestamp: 2026-01-01T00:00:00Z, name", 1),
-			[]string{"metadata.deletionTimestamp: Forbidden", "metadata.uid: Forbidden: a file gives name, namespace, labels and annotations"}},
-		"two namespaces": {in("x", guild("a", "")) + guild("b", "") + in("z", shard("s", "")),
-			[]string{`document 3, GuildShard "s": metadata.namespace: Invalid value: "z": a file is for one namespace, and document 1, Guild "a" is in "x"`}},
+		"what the API server writes": {
+			strings.Replace(guild("a", ""), "{name", "{uid: x, deletionTimestamp: 2026-01-01T00:00:00Z, name", 1),
+			[]string{"metadata.deletionTimestamp: Forbidden", "metadata.uid: Forbidden: a file gives name, namespace, labels and annotations"},
+		},
+		"two namespaces": {
+			in("x", guild("a", "")) + guild("b", "") + in("z", shard("s", "")),
+			[]string{`document 3, GuildShard "s": metadata.namespace: Invalid value: "z": a file is for one namespace, and document 1, Guild "a" is in "x"`},
+		},
 		"a namespace that is none":               {in("a.b", guild("a", "")), []string{`metadata.namespace: Invalid value: "a.b"`}},
 		"two guilds of one name":                 {guild("a", "") + guild("b", "") + guild("a", ""), []string{`document 3, Guild "a": metadata.name: Duplicate value: "a": also that of document 1, Guild "a"`}},
 		"two guilds of one id":                   {guild("a", `id: "12345678901234567"`) + guild("b", `id: "12345678901234567"`), []string{`document 2, Guild "b": spec.id: Duplicate value: "12345678901234567": also that of document 1, Guild "a"`}},
@@ -179,8 +183,10 @@ func TestRefused(t *testing.T) {
 		"yes for a string":         {guild("a", "displayName: yes"), []string{"spec.displayName: Invalid value", "type string"}},
 		"a channel without type":   {guild("a", "bootstrap: {channels: [{name: x}]}"), []string{"spec.bootstrap.channels[0].type: Required value"}},
 		"a small volume":           {guild("a", "") + shard("s", "storage: {size: 1Mi}"), []string{"spec.storage.size: Invalid value", "at least 64Mi"}},
-		"a volume of an endless number": {guild("a", "") + shard("s", "storage: {size: 1e999999999}, retention: {bytes: \"1e-999999999\"}, template: {resources: {limits: {cpu: \"1e-999999999\"}}}"),
-			[]string{"spec.storage.size: Invalid value", "spec.retention.bytes: Invalid value"}},
+		"a volume of an endless number": {
+			guild("a", "") + shard("s", "storage: {size: 1e999999999}, retention: {bytes: \"1e-999999999\"}, template: {resources: {limits: {cpu: \"1e-999999999\"}}}"),
+			[]string{"spec.storage.size: Invalid value", "spec.retention.bytes: Invalid value"},
+		},
 		"a short memory":         {guild("a", "") + shard("s", "retention: {age: 5s}"), []string{"spec.retention.age: Invalid value", "between 1m and 720h"}},
 		"a shard of a long name": {guild("a", "") + shard(strings.Repeat("s", 41), ""), []string{"at most 40 characters"}},
 		"a shard for no guilds":  {guild("a", "") + shard("s", "capacity: {guilds: 0}"), []string{"spec.capacity.guilds: Invalid value: 0"}},
@@ -188,14 +194,20 @@ func TestRefused(t *testing.T) {
 		"a status of a guild": {guild("a", "") + "status: {id: x}\n", []string{"status: Forbidden: status is written by the operator"}},
 		"a status of a shard": {guild("a", "") + shard("s", "") + "status: {version: x}\n", []string{"status: Forbidden: status is written by the operator"}},
 		"a placement":         {guild("a", "placement: {shardName: s}"), []string{"spec.placement: Forbidden: alone, one shard holds every guild"}},
-		"relays": {guild("a", "relays: {mode: Manual, replicas: 3, minReplicas: 0, maxReplicas: 1, sessionsPerRelay: 9}"),
-			[]string{"spec.relays.mode: Forbidden: only the operator", "spec.relays.replicas: F", "spec.relays.minReplicas: F", "spec.relays.maxReplicas: F", "spec.relays.sessionsPerRelay: F"}},
-		"what shapes a pod": {guild("a", "") + shard("s", "image: x, availability: Active, template: {priorityClassName: x}, storage: {size: 1Gi, storageClassName: x, whenDeleted: Retain}, gateway: {tlsSecretName: x}"),
-			[]string{"spec.image: Forbidden: only the operator makes pods", "spec.availability: F", "spec.storage.storageClassName: F", "spec.storage.whenDeleted: F", "spec.gateway.tlsSecretName: Forbidden: alone there are no Secrets", "spec.template: F"}},
+		"relays": {
+			guild("a", "relays: {mode: Manual, replicas: 3, minReplicas: 0, maxReplicas: 1, sessionsPerRelay: 9}"),
+			[]string{"spec.relays.mode: Forbidden: only the operator", "spec.relays.replicas: F", "spec.relays.minReplicas: F", "spec.relays.maxReplicas: F", "spec.relays.sessionsPerRelay: F"},
+		},
+		"what shapes a pod": {
+			guild("a", "") + shard("s", "image: x, availability: Active, template: {priorityClassName: x}, storage: {size: 1Gi, storageClassName: x, whenDeleted: Retain}, gateway: {tlsSecretName: x}"),
+			[]string{"spec.image: Forbidden: only the operator makes pods", "spec.availability: F", "spec.storage.storageClassName: F", "spec.storage.whenDeleted: F", "spec.gateway.tlsSecretName: Forbidden: alone there are no Secrets", "spec.template: F"},
+		},
 		"duplicate entries of a list map": {guild("a", "") + shard("s", "template: {env: [{name: x}, {name: x}]}"), []string{"spec.template: F", "spec.template.env[1]: Duplicate value"}},
 
-		"several problems, all of them": {guild("A", "x: 1") + shard("s", "z: 2") + guild("b", "id: x") + "---\nkind: x\n",
-			[]string{`document 1, Guild "A": spec.x: unknown`, `document 1, Guild "A": metadata.name`, `document 2, GuildShard "s": spec.z: unknown`, `document 3, Guild "b": spec.id`, "document 4: apiVersion: Unsupported value: null"}},
+		"several problems, all of them": {
+			guild("A", "x: 1") + shard("s", "z: 2") + guild("b", "id: x") + "---\nkind: x\n",
+			[]string{`document 1, Guild "A": spec.x: unknown`, `document 1, Guild "A": metadata.name`, `document 2, GuildShard "s": spec.z: unknown`, `document 3, Guild "b": spec.id`, "document 4: apiVersion: Unsupported value: null"},
+		},
 		"a file that is too large": {strings.Repeat("#", maxSize+1), []string{"larger than 4 MiB"}},
 	} {
 		t.Run(sentence, func(t *testing.T) {

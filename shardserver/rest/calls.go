@@ -219,8 +219,10 @@ func (h *Handler) sendMessage(r *request) (int, any, error) {
 
 // publication is what a backend publishes: one event, or a batch, which is appended whole or not at all.
 type publication struct {
-	guild.Event
-	Events []guild.Event `json:"events"`
+	Type   string          `json:"t"`
+	Data   json.RawMessage `json:"d"`
+	Users  []snowflake.ID  `json:"users"`
+	Events []guild.Event   `json:"events"`
 }
 
 // number is the place of a published event.
@@ -243,9 +245,9 @@ func (h *Handler) publish(r *request) (int, any, error) {
 	events := p.Events
 	switch {
 	case single:
-		events = []guild.Event{p.Event}
-	case p.Type != "" || p.Data != nil:
-		return 0, nil, invalid("events", "expected either events, or t and d")
+		events = []guild.Event{{Type: p.Type, Data: p.Data, Users: p.Users}}
+	case p.Type != "" || p.Data != nil || p.Users != nil:
+		return 0, nil, invalid("events", "expected either events, or t, d and users")
 	}
 	numbers, err := r.guild.Publish(r.Context(), r.Header.Get("Idempotency-Key"), events)
 	if err != nil {
