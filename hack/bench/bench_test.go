@@ -22,7 +22,7 @@ func TestMain(m *testing.M) {
 }
 
 func TestEverySystemDelivers(t *testing.T) {
-	o := options{sessions: []int{20}, rounds: 1, rate: 2000, length: 200 * time.Millisecond}
+	o := options{sessions: []int{20}, rounds: 1, rate: 2000, length: 200 * time.Millisecond, settle: 10 * time.Millisecond}
 	for _, s := range systems {
 		if s.serve != nil { // the shard server's binary is not built here
 			o.systems = append(o.systems, s.name)

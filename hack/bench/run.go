@@ -21,8 +21,6 @@ const (
 	flatOut = "max"
 
 	warmUp = 500 * time.Millisecond
-	// settle is how long the server is left alone before its memory is read.
-	settle = 1500 * time.Millisecond
 )
 
 type options struct {
@@ -31,12 +29,13 @@ type options struct {
 	rounds       int
 	rate         float64 // deliveries per second of the fixed mode
 	length       time.Duration
+	settle       time.Duration // how long the server is left alone before its memory is read
 	systems      []string
 	csv, picture string
 }
 
 func runCommand(ctx context.Context, args []string) error {
-	o := options{sessions: []int{1000, 5000, 15000}, rounds: 3}
+	o := options{sessions: []int{1000, 5000, 15000}, rounds: 3, settle: 1500 * time.Millisecond}
 	f := flag.NewFlagSet("bench run", flag.ContinueOnError)
 	f.StringVar(&o.shardserver, "shardserver", "", "the shard server's binary")
 	f.IntVar(&o.rounds, "rounds", o.rounds, "how often everything is measured; medians count")
@@ -142,7 +141,7 @@ func runOne(ctx context.Context, o options, s *system, n int) ([]result, error) 
 		return nil, err
 	}
 	defer server.end()
-	pause(ctx, settle)
+	pause(ctx, o.settle)
 	empty, err := server.rss()
 	if err != nil {
 		return nil, err
@@ -154,7 +153,7 @@ func runOne(ctx context.Context, o options, s *system, n int) ([]result, error) 
 		return nil, err
 	}
 	defer clients.end()
-	pause(ctx, settle)
+	pause(ctx, o.settle)
 	idle, err := server.rss()
 	if err != nil {
 		return nil, err
@@ -179,7 +178,7 @@ func runOne(ctx context.Context, o options, s *system, n int) ([]result, error) 
 		r.rssEmpty, r.rssIdle = empty, (idle-empty)/float64(n)
 		results = append(results, r)
 	}
-	pause(ctx, settle)
+	pause(ctx, o.settle)
 	loaded, err := server.rss()
 	if err != nil {
 		return nil, err
