@@ -58,7 +58,7 @@ func newFake(allowed int) *fakeConn {
 // fakeSocket is a fakeConn that can be written to without waiting.
 type fakeSocket struct{ *fakeConn }
 
-func (c fakeSocket) SyscallConn() (syscall.RawConn, error) { return fakeRaw{c.fakeConn}, nil }
+func (c fakeSocket) SyscallConn() (syscall.RawConn, error) { return fakeRaw(c), nil }
 
 type fakeRaw struct {
 	*fakeConn

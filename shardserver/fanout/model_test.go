@@ -108,7 +108,7 @@ func (c *client) check(m *model, got []byte, complete bool) (missing int, err er
 	if complete && cut < len(got) {
 		return -1, fmt.Errorf("cut message %q", got[cut:])
 	}
-	for _, l := range strings.Split(string(got[:cut]), "\n") {
+	for l := range strings.SplitSeq(string(got[:cut]), "\n") {
 		kind, text, _ := strings.Cut(l, " ")
 		var number int
 		fmt.Sscan(text, &number)

@@ -92,10 +92,10 @@ func (p *property) publish(rt *rapid.T) {
 		var only []uint64
 		owner := rapid.Uint64Range(1, 3).Draw(rt, "owner")
 		gate := LeaveGate
-		switch {
-		case kind == "addressed":
+		switch kind {
+		case "addressed":
 			only = []uint64{owner, 9}
-		case kind == "gate":
+		case "gate":
 			only, gate = []uint64{owner}, OpenGate
 			if p.model.gate(owner, len(p.model.frames)) {
 				gate = CloseGate

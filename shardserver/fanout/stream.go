@@ -1,6 +1,7 @@
 package fanout
 
 import (
+	"slices"
 	"sort"
 	"sync"
 	"sync/atomic"
@@ -37,12 +38,7 @@ const (
 )
 
 func (f *Frame) addressedTo(owner uint64) bool {
-	for _, o := range f.Only {
-		if o == owner {
-			return true
-		}
-	}
-	return false
+	return slices.Contains(f.Only, owner)
 }
 
 // View decides which frames a session receives. Sessions with the same View, compared with ==,

@@ -184,8 +184,7 @@ func (c *connection) discard() {
 	c.conn.SetReadDeadline(time.Now().Add(closeTime)) // the one before may have passed
 	for {
 		_, _, err := c.ws.NextReader()
-		var closed *websocket.CloseError
-		if errors.As(err, &closed) {
+		if _, closed := errors.AsType[*websocket.CloseError](err); closed {
 			return
 		}
 		if err != nil { // a reader that has failed once reads nothing more
