@@ -43,7 +43,7 @@ var systems = []system{
 	{name: "floor-16", serve: serveFloor(16), dialect: dialect{path: "/"}, flatOutOnly: true},
 	{name: "gorilla-hub", serve: serveHub, dialect: dialect{path: "/"}},
 	{name: "centrifuge", serve: serveCentrifuge(0), dialect: centrifugeDialect},
-	{name: "centrifuge-delay", serve: serveCentrifuge(100 * time.Millisecond), dialect: centrifugeDialect, flatOutOnly: true},
+	{name: "centrifuge-delay", serve: serveCentrifuge(200 * time.Millisecond), dialect: centrifugeDialect, flatOutOnly: true},
 	{name: "gws", serve: serveGWS, dialect: dialect{path: "/"}},
 	{name: guildhallName, dialect: guildhallDialect},
 }

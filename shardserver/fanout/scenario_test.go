@@ -171,16 +171,6 @@ func TestScenes(t *testing.T) {
 			a.peer.take(unlimited)
 			s.got(a, "m 0", "f 0", "f 1")
 		},
-		"a session that starts to follow as it is written to sees the stream once (for the race detector)": func(s *scene) {
-			for range 100 {
-				a := s.connect(0)
-				a.Send(line("m 0"))
-				synctest.Wait()
-				s.follow(a, live)
-				a.peer.take(unlimited)
-				synctest.Wait()
-			}
-		},
 		"a stream's end reaches a session that follows it only once it is not parked": func(s *scene) {
 			a := s.connect(0)
 			a.Send(line("m 0"))

@@ -47,7 +47,7 @@ type blockingConn struct{ net.Conn }
 // TestSocketsGetWhatTheModelSays has everything happen at once, over real sockets: publishers,
 // messages of Send, sessions that resume, lag, take a byte at a time and leave.
 func TestSocketsGetWhatTheModelSays(t *testing.T) {
-	for seed := range uint64(8) {
+	for seed := range uint64(5) {
 		core := New(Options{Workers: 2, Overrun: overrun})
 		var streams sync.WaitGroup
 		for i := range uint64(3) {
@@ -85,7 +85,7 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 				switch {
 				case err != nil || bytes.HasSuffix(got[i], closing):
 					return
-				case bytes.HasSuffix(got[i], last):
+				case bytes.Contains(got[i], last): // a message of Send may come behind it
 					c.session.Close(closing)
 				}
 			}
@@ -104,7 +104,7 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 		c.session.Send(line("%s", text))
 	}
 	gone := clients[0]
-	for step := range 100 {
+	for step := range 60 {
 		var frames []*Frame
 		for range 1 + random.IntN(8) {
 			f := m.frame(m.last()+1, random.IntN(2), random.IntN(3000))
@@ -119,7 +119,7 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 		if !c.follows && random.IntN(3) == 0 {
 			follow(c)
 		}
-		if step == 60 {
+		if step == 40 {
 			gone.session.End(nil)
 		}
 	}

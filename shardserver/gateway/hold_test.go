@@ -18,6 +18,7 @@ import (
 )
 
 func TestHeldUntilTheGuildIsThere(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{unplaced: true})
 	c := w.dial(query)
 	eventually(t, "the client is held", func() bool { return w.gateway.Held() == 1 })
@@ -30,12 +31,14 @@ func TestHeldUntilTheGuildIsThere(t *testing.T) {
 }
 
 func TestHeldForALimitedTime(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{unplaced: true, hold: 50 * time.Millisecond})
 	c := w.dial(query)
 	c.gone(func() { c.closed(protocol.CloseUnknownError) })
 }
 
 func TestHeldClientsThatGoAwayAreForgotten(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{unplaced: true, hold: 300 * time.Millisecond})
 	c := w.dial(query)
 	eventually(t, "the client is held", func() bool { return w.gateway.Held() == 1 })
@@ -43,6 +46,7 @@ func TestHeldClientsThatGoAwayAreForgotten(t *testing.T) {
 }
 
 func TestALimitedNumberIsHeld(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{unplaced: true})
 	w.gateway.maxHeld = 2
 	w.dial(query)
@@ -55,6 +59,7 @@ func TestALimitedNumberIsHeld(t *testing.T) {
 }
 
 func TestHeldWhileTheServerIsFull(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{shard: v1.GuildShardSpec{Capacity: v1.ShardCapacity{Sessions: 1}}})
 	first := w.enter(user(1))
 	second := w.dial(query)
@@ -68,6 +73,7 @@ func TestHeldWhileTheServerIsFull(t *testing.T) {
 }
 
 func TestDrain(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{membersOnly: true, times: func(d *times) { d.reconnect = 500 * time.Millisecond }})
 	w.join(user(1))
 	w.join(user(2))
@@ -106,11 +112,13 @@ func TestDrain(t *testing.T) {
 }
 
 func TestDrainWithoutConnectionsIsQuick(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{times: func(d *times) { d.reconnect = time.Hour }})
 	w.gateway.Drain(context.Background())
 }
 
 func TestDrainEndsWithItsContext(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{times: func(d *times) { d.reconnect = time.Hour }})
 	c := w.enter(user(1))
 	ctx, cancel := context.WithCancel(context.Background())
@@ -125,6 +133,7 @@ func TestDrainEndsWithItsContext(t *testing.T) {
 // TestIdentifyWhileDraining: sessions that start as the server stops are closed too, and none
 // is told to reconnect before its first dispatch.
 func TestIdentifyWhileDraining(t *testing.T) {
+	t.Parallel()
 	for range 5 {
 		w := newWorld(t, setup{times: func(d *times) { d.reconnect = time.Millisecond }})
 		clients := make([]*client, 20)
@@ -159,6 +168,7 @@ func TestIdentifyWhileDraining(t *testing.T) {
 var stranger = guild.NewUser(user(99), "stranger", false)
 
 func TestTheGuildMovesAway(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{hold: 100 * time.Millisecond, remote: "127.0.0.1:1"})
 	c := w.enter(user(1))
 	g := w.guild()
@@ -177,6 +187,7 @@ func TestTheGuildMovesAway(t *testing.T) {
 }
 
 func TestTheGuildIsDeleted(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	stop := make(chan struct{})
@@ -223,6 +234,7 @@ func freeAddress(t *testing.T) string {
 }
 
 func TestSpliced(t *testing.T) {
+	t.Parallel()
 	holder := newWorld(t, setup{})
 	front := newWorld(t, setup{unplaced: true, remote: strings.TrimPrefix(holder.server.URL, "http://")})
 	front.keys = holder.keys
@@ -261,6 +273,7 @@ func TestSpliced(t *testing.T) {
 }
 
 func TestNeverSplicedTwice(t *testing.T) {
+	t.Parallel()
 	// Both believe that the other one holds the guild.
 	addressA := freeAddress(t)
 	b := newWorld(t, setup{unplaced: true, hold: 300 * time.Millisecond, remote: addressA})
@@ -283,6 +296,7 @@ func TestNeverSplicedTwice(t *testing.T) {
 }
 
 func TestHeldWhileTheHolderIsAway(t *testing.T) {
+	t.Parallel()
 	address := freeAddress(t)
 	holder := newWorld(t, setup{})
 	front := newWorld(t, setup{unplaced: true, remote: address})
@@ -303,6 +317,7 @@ func TestHeldWhileTheHolderIsAway(t *testing.T) {
 }
 
 func TestAHolderThatDoesNotSpeakIsAskedAgain(t *testing.T) {
+	t.Parallel()
 	for name, answer := range map[string]string{
 		"it refuses":               "HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n",
 		"it closes":                "",

@@ -19,6 +19,7 @@ import (
 )
 
 func TestHello(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.dial(query)
 	var d struct {
@@ -31,6 +32,7 @@ func TestHello(t *testing.T) {
 }
 
 func TestRefusedUpgrades(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, query := range map[string]string{
 		"an encoding that is not spoken":   "?v=10&encoding=etf",
@@ -50,6 +52,7 @@ func TestRefusedUpgrades(t *testing.T) {
 }
 
 func TestVersions(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, test := range map[string]struct {
 		query string
@@ -76,6 +79,7 @@ func TestVersions(t *testing.T) {
 }
 
 func TestIdentify(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	good, bot := w.token(user(1)), "Bot "+w.token(user(1))
 	for name, test := range map[string]struct {
@@ -127,6 +131,7 @@ func TestIdentify(t *testing.T) {
 func quote(s string) string { return fmt.Sprintf("%q", s) }
 
 func TestRefusedMessages(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, test := range map[string]struct {
 		identified bool
@@ -166,6 +171,7 @@ func TestRefusedMessages(t *testing.T) {
 }
 
 func TestNotTheWebSocketProtocol(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.connect()
 	// An unmasked frame with all reserved bits: the reader gives up.
@@ -176,6 +182,7 @@ func TestNotTheWebSocketProtocol(t *testing.T) {
 }
 
 func TestKnownOpsWithoutEffect(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	for _, op := range []int{3, 4, 8, 14, 31, 37, 43} {
@@ -186,6 +193,7 @@ func TestKnownOpsWithoutEffect(t *testing.T) {
 }
 
 func TestRateLimit(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, send := range map[string]func(c *client){
 		"of messages": func(c *client) { c.send(`{"op":1,"d":null}`) },
@@ -213,6 +221,7 @@ func TestRateLimit(t *testing.T) {
 }
 
 func TestHeartbeats(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.connect()
 	for _, d := range []string{`null`, `0`, `7`} {
@@ -228,6 +237,7 @@ func TestHeartbeats(t *testing.T) {
 }
 
 func TestPings(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	pongs := make(chan string, 1)
@@ -243,6 +253,7 @@ func TestPings(t *testing.T) {
 }
 
 func TestReadyAndGuildCreate(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, test := range map[string]struct{ query, shard string }{
 		"version 10":         {"?v=10&encoding=json", ""},
@@ -349,6 +360,7 @@ func noNullArrays(t *testing.T, m message) {
 }
 
 func TestDispatchesComeInOrder(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	a, b := w.enter(user(1)), w.enter(user(2))
 	a.at(w.guild().Counts().LastSeq, "GUILD_MEMBER_ADD") // of the other
@@ -369,6 +381,7 @@ func TestDispatchesComeInOrder(t *testing.T) {
 }
 
 func TestIntentsFilter(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, test := range map[string]struct {
 		intents uint64
@@ -398,6 +411,7 @@ func TestIntentsFilter(t *testing.T) {
 }
 
 func TestEventsForNamedUsers(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	a, b := w.enter(user(1)), w.enter(user(2))
 	a.dispatch("GUILD_MEMBER_ADD")
@@ -409,6 +423,7 @@ func TestEventsForNamedUsers(t *testing.T) {
 }
 
 func TestAShardThatTheGuildDoesNotBelongTo(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	other := (uint64(guildID>>22) + 1) % 2
 	w.enter(user(1)).cut()
@@ -431,6 +446,7 @@ func TestAShardThatTheGuildDoesNotBelongTo(t *testing.T) {
 }
 
 func TestClosing(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	for name, code := range map[string]int{
 		"the client's own end":         websocket.CloseNormalClosure,
@@ -458,6 +474,7 @@ func TestClosing(t *testing.T) {
 }
 
 func TestClosingWithoutACode(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	c.gone(func() {
@@ -469,6 +486,7 @@ func TestClosingWithoutACode(t *testing.T) {
 }
 
 func TestTheServersCloseWaitsForTheReply(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	replied := false
@@ -491,6 +509,7 @@ func TestTheServersCloseWaitsForTheReply(t *testing.T) {
 }
 
 func TestTheServersCloseDoesNotWaitForEver(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	c.ws.SetCloseHandler(func(int, string) error { return nil }) // no reply
@@ -501,6 +520,7 @@ func TestTheServersCloseDoesNotWaitForEver(t *testing.T) {
 }
 
 func TestSilentClients(t *testing.T) {
+	t.Parallel()
 	short := func(d *times) {
 		d.interval, d.spread, d.grace, d.identify = 100*time.Millisecond, 1, 200*time.Millisecond, 300*time.Millisecond
 	}
@@ -535,6 +555,7 @@ func TestSilentClients(t *testing.T) {
 }
 
 func TestASessionThatBeatsStays(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{times: func(d *times) {
 		d.interval, d.spread, d.grace = 20*time.Millisecond, 1, 2*time.Second
 	}})

@@ -16,6 +16,7 @@ import (
 )
 
 func TestResume(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	first := w.say("one")
@@ -50,6 +51,7 @@ func TestResume(t *testing.T) {
 }
 
 func TestResumeKeepsIntents(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.connect()
 	c.identify(user(1), protocol.IntentGuildMessages)
@@ -64,6 +66,7 @@ func TestResumeKeepsIntents(t *testing.T) {
 }
 
 func TestRefusedResumes(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	last := w.say("last")
@@ -106,6 +109,7 @@ func TestRefusedResumes(t *testing.T) {
 }
 
 func TestResumeBehindDroppedHistory(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{shard: v1.GuildShardSpec{Retention: &v1.ShardRetention{Bytes: quantity("2000")}}})
 	c := w.enter(user(1))
 	from := c.seq
@@ -120,6 +124,7 @@ func TestResumeBehindDroppedHistory(t *testing.T) {
 }
 
 func TestRetentionChangesWithTheShard(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	from := c.seq
@@ -140,6 +145,7 @@ func TestRetentionChangesWithTheShard(t *testing.T) {
 }
 
 func TestTheNewestConnectionTakesOver(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	c := w.enter(user(1))
 	for range 3 { // half-dead ones: they do not read, and nobody closed them
@@ -159,6 +165,7 @@ func TestTheNewestConnectionTakesOver(t *testing.T) {
 }
 
 func TestGuildOfMembersOnly(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{membersOnly: true})
 	c := w.connect()
 	if m := c.identify(user(1), allEvents); !strings.Contains(m.raw, `"guilds":[]`) {
@@ -193,6 +200,7 @@ func TestGuildOfMembersOnly(t *testing.T) {
 }
 
 func TestOthersHearOfMembers(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{membersOnly: true})
 	w.join(user(1))
 	c := w.enter(user(1))
@@ -201,6 +209,7 @@ func TestOthersHearOfMembers(t *testing.T) {
 }
 
 func TestAnOpenGuildIsJoinedByConnecting(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{})
 	a := w.enter(user(1))
 	w.enter(user(2)).cut()
@@ -217,6 +226,7 @@ func TestAnOpenGuildIsJoinedByConnecting(t *testing.T) {
 // TestResumeAcrossMembership: what happened to a user's membership while the connection was
 // down is replayed where it happened.
 func TestResumeAcrossMembership(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		member bool // at the cut
 		away   func(w *world) (expect func(c *client))
@@ -306,6 +316,7 @@ func (c *client) identified(member bool) *uint64 {
 }
 
 func TestSlowClientIsCutAndMayResume(t *testing.T) {
+	t.Parallel()
 	w := newWorld(t, setup{shard: v1.GuildShardSpec{Retention: &v1.ShardRetention{Bytes: quantity("4Mi")}}})
 	slow, quick := w.enter(user(1)), w.enter(user(2))
 	slow.ws.NetConn().(*net.TCPConn).SetReadBuffer(256 << 10)

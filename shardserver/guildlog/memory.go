@@ -1,6 +1,7 @@
 package guildlog
 
 import (
+	"slices"
 	"sort"
 	"sync"
 	"time"
@@ -61,8 +62,8 @@ func (m *memory) Read(seq uint64, limit int) ([]Record, error) {
 		return nil, ErrDropped
 	}
 	from := sort.Search(len(m.records), func(i int) bool { return m.records[i].Seq > seq })
-	to := min(len(m.records), from+limit)
-	return append([]Record(nil), m.records[from:to]...), nil
+	rest := m.records[from:]
+	return slices.Clone(rest[:min(len(rest), limit)]), nil
 }
 
 func (m *memory) Retain(r Retention) {

@@ -5,11 +5,13 @@ import (
 	"context"
 	"fmt"
 	"sync"
+	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/runtime/serializer"
+	"k8s.io/apimachinery/pkg/util/wait"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/tools/cache"
 
@@ -40,7 +42,7 @@ func Feed(ctx context.Context, config *rest.Config, namespace, shard string, tar
 		s := &sink{apply: apply, synced: make(chan struct{})}
 		list := cache.NewListWatchFromClient(client, resource, namespace, selector)
 		group.Go(func() {
-			cache.NewReflectorWithOptions(list, expected, s, cache.ReflectorOptions{Name: resource}).RunWithContext(ctx)
+			cache.NewReflectorWithOptions(list, expected, s, cache.ReflectorOptions{Name: resource, Backoff: &patience}).RunWithContext(ctx)
 		})
 		select {
 		case <-s.synced:
@@ -56,6 +58,10 @@ func Feed(ctx context.Context, config *rest.Config, namespace, shard string, tar
 	<-ctx.Done()
 	return nil
 }
+
+// patience is how often an API that is away is asked again: clients wait for its answer, since a
+// server that has just started knows its guilds from nowhere else.
+var patience = wait.Backoff{Duration: 500 * time.Millisecond, Factor: 2, Jitter: 0.5, Steps: 5, Cap: 8 * time.Second}
 
 func newClient(config *rest.Config) (*rest.RESTClient, error) {
 	scheme := runtime.NewScheme()

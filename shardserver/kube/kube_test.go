@@ -234,7 +234,7 @@ func feed(t *testing.T, host string) *target {
 func TestFeed(t *testing.T) {
 	a := newAPI(t)
 	server := httptest.NewServer(a)
-	defer server.Close()
+	t.Cleanup(server.Close) // when the feed has ended
 	a.set("guildshards", "a", shard(1))
 	a.set("guilds", "one", guild("one", "1"))
 	g := feed(t, server.URL)
@@ -249,16 +249,14 @@ func TestFeed(t *testing.T) {
 	a.set("guilds", "one", nil) // says nothing
 	a.set("guilds", "two", guild("two", "4"))
 	g.expect(t, `guild uid-two "4" fields 0`)
-	server.CloseClientConnections()
 }
 
 func TestFeedWithoutAShard(t *testing.T) {
 	a := newAPI(t)
 	server := httptest.NewServer(a)
-	defer server.Close()
+	t.Cleanup(server.Close) // when the feed has ended
 	g := feed(t, server.URL)
 	g.expect(t, "synced")
-	server.CloseClientConnections()
 }
 
 func TestFeedWhileTheAPIIsAway(t *testing.T) {
@@ -293,7 +291,6 @@ func TestFeedWhileTheAPIIsAway(t *testing.T) {
 		a.set("guilds", "two", guild("two", "2"))
 		a.setBroken(false)
 		g.expect(t, `guild uid-two "2" fields 0`) // and no second "synced"
-		server.CloseClientConnections()
 	})
 }
 

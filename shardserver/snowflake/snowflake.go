@@ -62,7 +62,7 @@ func (s *Source) Next() ID {
 	if s.Now != nil {
 		now = s.Now
 	}
-	id := ID(now().UnixMilli()-Epoch) << lowBits
+	id := ID(max(0, now().UnixMilli()-Epoch)) << lowBits
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if id <= s.last {

@@ -84,7 +84,7 @@ func parseKey(s string) (*key, error) {
 	if !ok || !keyIDPattern.MatchString(id) {
 		return nil, errors.New("expected <key id>.<secret> with a key id of 1 to 8 lower-case hexadecimal digits")
 	}
-	secret, err := base64.RawURLEncoding.DecodeString(encoded)
+	secret, err := decode(encoded)
 	if err != nil || len(secret) != secretSize {
 		return nil, fmt.Errorf("expected a secret of %d bytes in base64url without padding", secretSize)
 	}
@@ -101,6 +101,16 @@ func derive(secret []byte, purpose string) []byte {
 		panic(err)
 	}
 	return k
+}
+
+// decode reads base64url without padding. Each value has one form only: no line breaks, no bits
+// to spare, so that whoever changes a token makes another one, not the same in other letters.
+func decode(s string) ([]byte, error) {
+	b, err := base64.RawURLEncoding.DecodeString(s)
+	if err == nil && base64.RawURLEncoding.EncodeToString(b) != s {
+		err = errors.New("not in canonical form")
+	}
+	return b, err
 }
 
 // byID finds the key of that id, nil when there is none.

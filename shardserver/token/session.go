@@ -72,7 +72,7 @@ func (k *Keys) Open(id string) (Session, error) {
 	if key == nil {
 		return Session{}, ErrSession
 	}
-	sealed, err := base64.RawURLEncoding.DecodeString(encoded)
+	sealed, err := decode(encoded)
 	aead := key.aead()
 	if err != nil || len(sealed) < aead.NonceSize() {
 		return Session{}, ErrSession

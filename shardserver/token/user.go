@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"guildhall.dev/guildhall/shardserver/snowflake"
 )
@@ -54,15 +55,15 @@ type claimsJSON struct {
 // Issue makes a user token with the current key. Its form is the one that client libraries
 // know: base64url(user id).base64url(claims).base64url(signature), without padding.
 func (k *Keys) Issue(c Claims) (string, error) {
-	if c.User == 0 {
-		return "", errors.New("token: a user id is needed")
+	if _, err := snowflake.Parse(c.User.String()); err != nil {
+		return "", fmt.Errorf("token: user id: %w", err)
 	}
-	if c.Name == "" || len(c.Name) > MaxNameLength {
-		return "", fmt.Errorf("token: the user name must have 1 to %d bytes, got %d", MaxNameLength, len(c.Name))
+	if c.Name == "" || len(c.Name) > MaxNameLength || !utf8.ValidString(c.Name) {
+		return "", fmt.Errorf("token: the user name must have 1 to %d bytes of UTF-8, got %q", MaxNameLength, c.Name)
 	}
 	body := claimsJSON{Key: k.current.id, Name: c.Name, Bot: c.Bot, Publish: c.Publish, Issued: time.Now().Unix()}
 	if !c.Expires.IsZero() {
-		body.Expires = c.Expires.Unix()
+		body.Expires = max(1, c.Expires.Unix()) // 0 is never
 	}
 	encoded, err := json.Marshal(body)
 	if err != nil {
@@ -85,10 +86,9 @@ func (k *Keys) Verify(token string, now time.Time) (Claims, error) {
 	if !ok || !ok2 {
 		return Claims{}, ErrMalformed
 	}
-	b64 := base64.RawURLEncoding
-	rawUser, err1 := b64.DecodeString(user)
-	rawClaims, err2 := b64.DecodeString(claims)
-	rawSignature, err3 := b64.DecodeString(signature)
+	rawUser, err1 := decode(user)
+	rawClaims, err2 := decode(claims)
+	rawSignature, err3 := decode(signature)
 	if err1 != nil || err2 != nil || err3 != nil {
 		return Claims{}, ErrMalformed
 	}
