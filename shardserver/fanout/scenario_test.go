@@ -104,6 +104,17 @@ func (s *scene) ended(a actor, want bool, cause error) {
 	}
 }
 
+// watched is a view that admits all, and calls a function when it does so first.
+type watched struct{ first func() }
+
+func (w *watched) Admits(*Frame) bool {
+	if f := w.first; f != nil {
+		w.first = nil
+		f()
+	}
+	return true
+}
+
 var live = Start{GateOpen: true}
 
 func TestScenes(t *testing.T) {
@@ -190,6 +201,15 @@ func TestScenes(t *testing.T) {
 			a.Send(line("m 0"))
 			a.peer.take(unlimited)
 			s.got(a, "f 0", "f 1", "m 0", "f 2")
+		},
+		"a message of Send comes before frames that are just being looked at": func(s *scene) {
+			a := s.connect(unlimited)
+			v := &watched{func() { a.Send(line("m 0")) }}
+			if err := a.Follow(s.stream, Start{View: v, GateOpen: true}); err != nil {
+				s.Error(err)
+			}
+			s.publish(0)
+			s.got(a, "m 0", "f 0")
 		},
 		"a message of Send that meets a no-op is not lost": func(s *scene) {
 			a := s.connect(unlimited)

@@ -150,7 +150,7 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 }
 
 // Send sends a message of the session's own, ahead of the stream's frames that are not yet
-// written. wire must not be changed afterwards.
+// written, and of all that are published afterwards. wire must not be changed afterwards.
 func (s *Session) Send(wire []byte) {
 	s.mu.Lock()
 	if s.closing {
@@ -273,16 +273,8 @@ type chunk struct {
 // was written.
 func (s *Session) next(b *scratch) (chunk, error) {
 	if s.off == 0 {
-		s.mu.Lock()
-		if len(s.urgent) > 0 {
-			c := chunk{bytes: s.urgent[0]}
-			s.mu.Unlock()
+		if c, ok := s.nextUrgent(); ok {
 			return c, nil
-		}
-		closing := s.closing
-		s.mu.Unlock()
-		if closing {
-			return chunk{}, nil
 		}
 	}
 	if s.stream == nil {
@@ -306,6 +298,11 @@ func (s *Session) next(b *scratch) (chunk, error) {
 			sp = b.build(n, s)
 		}
 		if len(sp.bytes) > 0 {
+			if s.off == 0 { // what was sent before the span's frames were published comes before them
+				if c, ok := s.nextUrgent(); ok {
+					return c, nil
+				}
+			}
 			return chunk{bytes: sp.bytes, span: sp}, nil
 		}
 		s.pos.Store(sp.to)
@@ -317,6 +314,17 @@ func (s *Session) next(b *scratch) (chunk, error) {
 			}
 		}
 	}
+}
+
+// nextUrgent returns the message of Send that comes next. It is empty, and ok, when there is to
+// be nothing any more.
+func (s *Session) nextUrgent() (c chunk, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.urgent) > 0 {
+		c.bytes = s.urgent[0]
+	}
+	return c, s.closing || len(s.urgent) > 0
 }
 
 // sendFirst puts a message of the core's own before those of Send. It is called between two

@@ -76,6 +76,7 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 		c := &client{owner: 1, view: topics(1 + random.IntN(3)), session: core.NewSession(ours)}
 		clients[i] = c
 		atOnce := 1 + random.IntN(5000)
+		peer.SetReadDeadline(time.Now().Add(time.Minute))
 		readers.Go(func() {
 			defer c.session.End(nil)
 			buffer := make([]byte, atOnce)

@@ -33,8 +33,8 @@ func TestHeldUntilTheGuildIsThere(t *testing.T) {
 func TestHeldForALimitedTime(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, setup{unplaced: true, hold: 50 * time.Millisecond})
-	c := w.dial(query)
-	c.gone(func() { c.closed(protocol.CloseUnknownError) })
+	w.dial(query).closed(protocol.CloseUnknownError)
+	eventually(t, "the connection is forgotten", func() bool { return w.gateway.Connections() == 0 })
 }
 
 func TestHeldClientsThatGoAwayAreForgotten(t *testing.T) {
