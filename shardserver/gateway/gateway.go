@@ -119,7 +119,11 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 		http.Error(w, "compress: expected none, this version speaks uncompressed JSON, got "+strconv.Quote(c), http.StatusBadRequest)
 		return
 	}
-	if g.held.Load() >= g.maxHeld {
+	places := g.maxHeld
+	if place, _ := g.o.Directory.Find(id); place.Object == nil {
+		places /= 4 // whoever asks for guilds that do not exist leaves room for those that do
+	}
+	if g.held.Load() >= places {
 		http.Error(w, "too many connections wait for their guilds", http.StatusServiceUnavailable)
 		return
 	}
@@ -234,7 +238,7 @@ func (c *connection) hold() (local *guild.Guild, remote net.Conn) {
 	defer timeout.Stop()
 	retry := time.NewTimer(time.Hour)
 	defer retry.Stop()
-	for attempt := 0; ; attempt++ {
+	for {
 		place, changed := g.o.Directory.Find(c.id)
 		switch {
 		case g.draining.Load():
