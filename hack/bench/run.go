@@ -51,7 +51,7 @@ func runCommand(ctx context.Context, args []string) error {
 		return nil
 	})
 	f.Float64Var(&o.rate, "rate", 20000, "deliveries per second of the fixed mode")
-	f.DurationVar(&o.length, "length", 4*time.Second, "how long each measurement publishes")
+	f.DurationVar(&o.length, "length", 3*time.Second, "how long each measurement publishes")
 	f.Func("systems", "names of systems, with commas between (default all)", func(s string) error {
 		o.systems = strings.Split(s, ",")
 		for _, name := range o.systems {
