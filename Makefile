@@ -24,7 +24,7 @@ GOLANGCI_LINT := $(TOOLS)/golangci-lint
 
 CLUSTER := go -C hack/cluster run .
 # Folders with a go.mod of their own and code of ours.
-MODULES := . hack/cluster
+MODULES := . hack/cluster hack/bench
 
 ##@ General
 
@@ -89,6 +89,7 @@ API_SERVER_TESTS := ./api/... ./controllers/...
 test-unit: ## Run the tests that need nothing but this repository.
 	go test -race $$(go list ./... | grep -vE '^guildhall\.dev/guildhall/(api|controllers|hack/e2e)(/|$$)')
 	cd hack/cluster && go test ./...
+	cd hack/bench && go test ./...
 
 .PHONY: test-controllers
 test-controllers: ## Run the tests of the API and the controllers against a real API server.

@@ -51,7 +51,7 @@ var _ reconcile.Reconciler = (*shardReconciler)(nil)
 // +kubebuilder:rbac:groups=guildhall.dev,resources=guildshards/finalizers,verbs=update
 // +kubebuilder:rbac:groups=apps,resources=statefulsets,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups="",resources=services,verbs=get;list;watch;create;patch;delete
-// +kubebuilder:rbac:groups="",resources=persistentvolumeclaims,verbs=get;list;watch;create;patch
+// +kubebuilder:rbac:groups="",resources=persistentvolumeclaims,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;delete
 
 // Reconcile implements reconcile.Reconciler.
@@ -187,11 +187,17 @@ func (r *shardReconciler) reconcileDeleted(ctx context.Context, shard *v1.GuildS
 		return ctrl.Result{}, err
 	}
 	orphaned := slices.Contains(shard.Finalizers, metav1.FinalizerOrphanDependents)
-	if pod == nil || remaining <= 0 || orphaned {
+	if orphaned {
 		return ctrl.Result{}, removeFinalizer(ctx, r.Client, shard)
 	}
 	if err := r.remove(ctx, new(appsv1.StatefulSet), key, shard.UID, client.PropagationPolicy(metav1.DeletePropagationBackground)); err != nil {
 		return ctrl.Result{}, err
+	}
+	if pod == nil || remaining <= 0 {
+		if err := r.removeOwned(ctx, shard); err != nil {
+			return ctrl.Result{}, err
+		}
+		return ctrl.Result{}, removeFinalizer(ctx, r.Client, shard)
 	}
 	status := *shard.Status.DeepCopy()
 	status.ObservedGeneration = shard.Generation

@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -147,4 +148,20 @@ func (r *shardReconciler) ensureClaim(ctx context.Context, shard *v1.GuildShard)
 	}
 	_, err = r.ensure(ctx, key, claim, desired, shard.UID)
 	return err
+}
+
+// removeOwned removes what a GuildShard owns besides its StatefulSet. Kubernetes would collect it, but
+// not once the CRD is gone: then it does not know any more whose it was.
+func (r *shardReconciler) removeOwned(ctx context.Context, shard *v1.GuildShard) error {
+	key := func(name string) types.NamespacedName {
+		return types.NamespacedName{Namespace: shard.Namespace, Name: name}
+	}
+	errs := []error{
+		r.remove(ctx, new(corev1.Service), key(podsSvcName(shard.Name)), shard.UID),
+		r.remove(ctx, new(corev1.Service), key(shard.Name), shard.UID),
+	}
+	if storage := shard.Spec.Storage; storage != nil && storage.WhenDeleted == v1.DeletionDelete {
+		errs = append(errs, r.remove(ctx, new(corev1.PersistentVolumeClaim), key(claimName(shard.Name)), shard.UID))
+	}
+	return errors.Join(errs...)
 }
