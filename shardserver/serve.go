@@ -150,7 +150,7 @@ func newServer(c config) (*server, error) {
 		ShardName: s.shardName, ShardUID: s.shardUID, Version: version, Core: s.core,
 		PodAddress: c.resolvePod, Load: func() report.Load { return s.meter.Load() }, Logger: c.logger,
 	})
-	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Keys: s.keys.Load, Logger: c.logger, HoldTime: c.holdTime})
+	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Keys: s.keys.Load, HoldTime: c.holdTime})
 	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
 	s.rest = rest.New(rest.Options{Directory: s.directory, Keys: s.keys.Load, Logger: c.logger, HoldTime: cmp.Or(c.holdTime, gateway.HoldTime)})
 	return s, nil
@@ -403,7 +403,7 @@ func (s *server) metrics() prometheus.Gatherer {
 	counter := func(name, help string, f func() float64) {
 		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Namespace: "guildhall", Name: name, Help: help}, f))
 	}
-	gauge("guilds", "Guilds that this process holds.", func() float64 { n, _ := s.directory.Holding(); return float64(n) })
+	gauge("guilds", "Guilds that this process holds.", func() float64 { return float64(s.directory.Holding()) })
 	gauge("sessions", "Connections that have identified or resumed, or may now.", func() float64 { return float64(s.gateway.Sessions()) })
 	gauge("connections", "All client connections.", func() float64 { return float64(s.gateway.Connections()) })
 	gauge("connections_held", "Connections that wait until their guild can serve them.", func() float64 { return float64(s.gateway.Held()) })

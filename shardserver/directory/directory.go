@@ -79,6 +79,9 @@ func New(o Options) *Directory {
 	}
 }
 
+// ForwardedHeader marks what another pod has forwarded, a connection or a request: it is not forwarded again.
+const ForwardedHeader = "Guildhall-Spliced"
+
 // Place is where a guild is.
 type Place struct {
 	// Guild is set when it is held here.
@@ -338,11 +341,5 @@ func (d *Directory) Stopped() bool {
 	return d.stopped
 }
 
-// Holding says whether this process holds guilds now, and the sessions on them.
-func (d *Directory) Holding() (guilds, sessions int) {
-	locals := d.locals()
-	for _, g := range locals {
-		sessions += g.Counts().Sessions
-	}
-	return len(locals), sessions
-}
+// Holding is the number of guilds that this process holds.
+func (d *Directory) Holding() int { return len(d.locals()) }

@@ -108,7 +108,7 @@ func TestApply(t *testing.T) {
 			if got := where(d); got != test.want {
 				t.Errorf("%s, expected %s", got, test.want)
 			}
-			if guilds, _ := d.Holding(); (guilds > 0) != (test.want == "here") {
+			if guilds := d.Holding(); (guilds > 0) != (test.want == "here") {
 				t.Errorf("holds %d guilds", guilds)
 			}
 			if len(test.states) > 1 && test.want == "here" && test.states[0].Status.Placement != nil && test.states[0].Status.Placement.ShardName == "a" {
@@ -151,7 +151,7 @@ func TestStoppedGuildsTakeNoCommands(t *testing.T) {
 			if name == "stopped" {
 				d.Apply(object(1, "a"))
 				d.Apply(object(2, "a"))
-				if guilds, _ := d.Holding(); guilds != 0 || !d.Stopped() {
+				if guilds := d.Holding(); guilds != 0 || !d.Stopped() {
 					t.Error("a guild was opened behind the end")
 				}
 			}

@@ -5,7 +5,6 @@ package gateway
 
 import (
 	"context"
-	"log/slog"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -62,8 +61,7 @@ type Options struct {
 	Directory *directory.Directory
 	Core      *fanout.Core
 	// Keys returns the present key set.
-	Keys   func() *token.Keys
-	Logger *slog.Logger
+	Keys func() *token.Keys
 	// HoldTime is the constant of that name when 0.
 	HoldTime time.Duration
 }
@@ -137,7 +135,7 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 	}
 	c := &connection{
 		gateway: g, ws: ws, conn: hijacker.conn, id: id,
-		version: query.Get("v"), request: r.URL.RequestURI(), forwarded: r.Header.Get(splicedHeader) != "",
+		version: query.Get("v"), request: r.URL.RequestURI(), forwarded: r.Header.Get(directory.ForwardedHeader) != "",
 	}
 	g.add(c)
 	// The request's goroutine ends here, with all that net/http keeps for it.

@@ -12,10 +12,9 @@ import (
 	"net/http"
 	"sync"
 	"time"
-)
 
-// splicedHeader marks a connection that another pod has forwarded: it is not forwarded again.
-const splicedHeader = "Guildhall-Spliced"
+	"guildhall.dev/guildhall/shardserver/directory"
+)
 
 const dialTimeout = 2 * time.Second
 
@@ -37,7 +36,7 @@ func (g *Gateway) dial(address, request string, deadline time.Time) (net.Conn, e
 	rand.Read(key[:])
 	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: %s\r\n%s: 1\r\n\r\n",
-		request, address, base64.StdEncoding.EncodeToString(key[:]), splicedHeader)
+		request, address, base64.StdEncoding.EncodeToString(key[:]), directory.ForwardedHeader)
 	reader := bufio.NewReaderSize(conn, 1024)
 	response, err := http.ReadResponse(reader, nil)
 	if err != nil {

@@ -9,10 +9,9 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"time"
-)
 
-// forwardedHeader marks a request that another pod has forwarded: it is not forwarded again.
-const forwardedHeader = "Guildhall-Spliced"
+	"guildhall.dev/guildhall/shardserver/directory"
+)
 
 // forwarder passes requests on to the pod that holds their guild.
 type forwarder struct {
@@ -53,7 +52,7 @@ func (f forwarder) serve(w http.ResponseWriter, r *http.Request, address string)
 		Rewrite: func(p *httputil.ProxyRequest) {
 			p.SetURL(&url.URL{Scheme: "http", Host: address})
 			p.Out.Host = p.In.Host
-			p.Out.Header.Set(forwardedHeader, "1")
+			p.Out.Header.Set(directory.ForwardedHeader, "1")
 			p.SetXForwarded()
 		},
 		ErrorHandler: func(w http.ResponseWriter, r *http.Request, err error) {

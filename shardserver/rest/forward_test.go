@@ -12,6 +12,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"guildhall.dev/guildhall/shardserver/directory"
 )
 
 // sink is a connection that takes everything.
@@ -41,7 +43,7 @@ func front(t *testing.T, address string, hold time.Duration) (*httptest.Server, 
 func TestForwarded(t *testing.T) {
 	holder := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		body, _ := io.ReadAll(r.Body)
-		if r.Header.Get(forwardedHeader) != "1" || r.Header.Get("Authorization") != "Bot x" || r.URL.RequestURI() != "/g/1/api/v10/x?y=%20z" || string(body) != "body" {
+		if r.Header.Get(directory.ForwardedHeader) != "1" || r.Header.Get("Authorization") != "Bot x" || r.URL.RequestURI() != "/g/1/api/v10/x?y=%20z" || string(body) != "body" {
 			t.Errorf("%s %q %v", r.RequestURI, body, r.Header)
 		}
 		w.Header().Set("Retry-After", "7")
@@ -51,7 +53,7 @@ func TestForwarded(t *testing.T) {
 	server, client := front(t, strings.TrimPrefix(holder.URL, "http://"), time.Second)
 	r, _ := http.NewRequest(http.MethodPost, server.URL+"/g/1/api/v10/x?y=%20z", strings.NewReader("body"))
 	r.Header.Set("Authorization", "Bot x")
-	r.Header.Set(forwardedHeader, "from outside")
+	r.Header.Set(directory.ForwardedHeader, "from outside")
 	response, err := client.Do(r)
 	if err != nil {
 		t.Fatal(err)

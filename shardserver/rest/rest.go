@@ -132,7 +132,7 @@ func noRoute(w http.ResponseWriter, r *http.Request) {
 func (h *Handler) find(ctx context.Context, r *http.Request, id snowflake.ID) (directory.Place, error) {
 	timeout := time.NewTimer(h.o.HoldTime)
 	defer timeout.Stop()
-	forwarded := r.Header.Get(forwardedHeader) != ""
+	forwarded := r.Header.Get(directory.ForwardedHeader) != ""
 	held := false
 	for {
 		place, changed := h.o.Directory.Find(id)

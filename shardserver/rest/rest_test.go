@@ -572,7 +572,7 @@ func TestGuildsThatAreNotThere(t *testing.T) {
 	other := func(id snowflake.ID, header string) *answer {
 		recorder := httptest.NewRecorder()
 		r := w.request("GET", "/gateway", 0, "")
-		r.Header.Set(forwardedHeader, header)
+		r.Header.Set(directory.ForwardedHeader, header)
 		w.handler.Serve(recorder, r, id, "/gateway")
 		return &answer{ResponseRecorder: recorder, t: t, what: "GET /gateway"}
 	}
