@@ -1,6 +1,7 @@
 package manifest
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -146,6 +147,10 @@ func (k *kind) admit(obj map[string]any) []error {
 		broken, _ := k.rules.Validate(context.Background(), nil, k.structural, obj, nil, celconfig.RuntimeCELCostBudget)
 		found = append(found, broken...)
 	}
+	// The rules are asked in random order.
+	slices.SortStableFunc(found, func(a, b *field.Error) int {
+		return cmp.Or(cmp.Compare(a.Field, b.Field), cmp.Compare(a.Error(), b.Error()))
+	})
 	for _, err := range found {
 		if err.Field == "<nil>" { // the object itself
 			errs = append(errs, errors.New(err.ErrorBody()))

@@ -185,7 +185,7 @@ func TestRefused(t *testing.T) {
 		"a small volume":           {guild("a", "") + shard("s", "storage: {size: 1Mi}"), []string{"spec.storage.size: Invalid value", "at least 64Mi"}},
 		"a volume of an endless number": {
 			guild("a", "") + shard("s", "storage: {size: 1e999999999}, retention: {bytes: \"1e-999999999\"}, template: {resources: {limits: {cpu: \"1e-999999999\"}}}"),
-			[]string{"spec.storage.size: Invalid value", "spec.retention.bytes: Invalid value"},
+			[]string{"spec.retention.bytes: Invalid value", "spec.storage.size: Invalid value"},
 		},
 		"a short memory":         {guild("a", "") + shard("s", "retention: {age: 5s}"), []string{"spec.retention.age: Invalid value", "between 1m and 720h"}},
 		"a shard of a long name": {guild("a", "") + shard(strings.Repeat("s", 41), ""), []string{"at most 40 characters"}},
