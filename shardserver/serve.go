@@ -30,6 +30,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/gateway"
 	"guildhall.dev/guildhall/shardserver/kube"
 	"guildhall.dev/guildhall/shardserver/manifest"
+	"guildhall.dev/guildhall/shardserver/poll"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/report"
 	"guildhall.dev/guildhall/shardserver/rest"
@@ -107,6 +108,7 @@ type server struct {
 	api       *restclient.Config // without --file
 	keys      atomic.Pointer[token.Keys]
 	core      *fanout.Core
+	poller    *poll.Poller // nil where the system has none
 	directory *directory.Directory
 	gateway   *gateway.Gateway
 	rest      *rest.Handler
@@ -142,6 +144,9 @@ func newServer(c config) (*server, error) {
 	if s.listeners, err = s.listenAll(); err != nil {
 		return nil, err
 	}
+	if s.poller, err = poll.New(); err != nil && !errors.Is(err, poll.ErrUnsupported) {
+		return nil, err
+	}
 	s.core = fanout.New(fanout.Options{
 		Noop:    protocol.Noop,
 		Overrun: func() []byte { return protocol.CloseFrame(protocol.CloseUnknownError, "fell too far behind") },
@@ -150,7 +155,7 @@ func newServer(c config) (*server, error) {
 		ShardName: s.shardName, ShardUID: s.shardUID, Version: version, Core: s.core,
 		PodAddress: c.resolvePod, Load: func() report.Load { return s.meter.Load() }, Logger: c.logger,
 	})
-	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Keys: s.keys.Load, HoldTime: c.holdTime})
+	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Poller: s.poller, Keys: s.keys.Load, HoldTime: c.holdTime})
 	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
 	s.rest = rest.New(rest.Options{Directory: s.directory, Keys: s.keys.Load, Logger: c.logger, HoldTime: cmp.Or(c.holdTime, gateway.HoldTime)})
 	return s, nil
@@ -159,6 +164,9 @@ func newServer(c config) (*server, error) {
 // run serves until ctx ends or a part of the server fails.
 func (s *server) run(ctx context.Context) (err error) {
 	defer s.core.Stop()
+	if s.poller != nil {
+		defer s.poller.Close()
+	}
 	background, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup
 	defer group.Wait()

@@ -44,6 +44,7 @@ type fakeConn struct {
 	got     []byte
 	closed  bool
 	late    bool
+	hungUp  bool // nothing may be written any more
 	onWrite func() // called before bytes are taken
 	onClose func()
 }
@@ -106,7 +107,7 @@ func (c *fakeConn) writeOnce(p []byte) (n int, again bool, err error) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.closed {
+	if c.closed || c.hungUp {
 		return 0, false, net.ErrClosed
 	}
 	n = min(len(p), c.allowed)
@@ -137,7 +138,10 @@ func (c *fakeConn) Close() error {
 	return nil
 }
 
-func (c *fakeConn) SetReadDeadline(time.Time) error { return nil }
+func (c *fakeConn) CloseWrite() error {
+	c.change(func() { c.hungUp = true })
+	return nil
+}
 
 func (c *fakeConn) SetWriteDeadline(t time.Time) error {
 	time.AfterFunc(time.Until(t), func() { c.change(func() { c.late = true }) })
@@ -159,3 +163,24 @@ func (c *fakeConn) bytes() []byte {
 	defer c.mu.Unlock()
 	return append([]byte(nil), c.got...)
 }
+
+// outcome is whether and why a session has ended.
+type outcome struct {
+	mu    sync.Mutex
+	done  bool
+	cause error
+}
+
+func (o *outcome) ended(cause error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.done, o.cause = true, cause
+}
+
+func (o *outcome) get() (done bool, cause error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.done, o.cause
+}
+
+func ignore(error) {}

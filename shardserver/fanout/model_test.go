@@ -66,6 +66,7 @@ func (m *model) behind(seq uint64) int {
 // client is what the model knows of a session.
 type client struct {
 	session   *Session
+	outcome   outcome
 	owner     uint64
 	view      topics
 	follows   bool

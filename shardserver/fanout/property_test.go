@@ -121,7 +121,7 @@ func (p *property) connect(rt *rapid.T) {
 	if rapid.Bool().Draw(rt, "socket") {
 		conn = fakeSocket{fake}
 	}
-	c.session = p.core.NewSession(conn)
+	c.session = p.core.NewSession(conn, c.outcome.ended)
 	p.clients, p.conns[c] = append(p.clients, c), fake
 }
 
@@ -129,12 +129,8 @@ func (p *property) connect(rt *rapid.T) {
 func (p *property) pick(rt *rapid.T, ok func(*client) bool) *client {
 	var list []*client
 	for _, c := range p.clients {
-		select {
-		case <-c.session.Done():
-		default:
-			if ok(c) {
-				list = append(list, c)
-			}
+		if done, _ := c.outcome.get(); !done && ok(c) {
+			list = append(list, c)
 		}
 	}
 	if len(list) == 0 {
@@ -205,18 +201,12 @@ func (p *property) settled(rt *rapid.T) {
 
 func (p *property) check(rt *rapid.T, complete bool) {
 	for i, c := range p.clients {
-		ended := false
-		select {
-		case <-c.session.Done():
-			ended = true
-		default:
-		}
+		ended, cause := c.outcome.get()
 		got := p.conns[c].bytes()
 		missing, err := c.check(&p.model, got, !ended && (complete || c.unlimited))
 		if err != nil {
 			rt.Fatalf("client %d (owner %d, view %b): %v\n%s", i, c.owner, c.view, err, got)
 		}
-		cause := c.session.Cause()
 		cut := errors.Is(cause, errOverrun) || strings.HasSuffix(string(got), "overrun\n")
 		if cut && (c.unlimited || !p.small) {
 			rt.Fatalf("client %d was cut, but did not lag", i)

@@ -43,12 +43,13 @@ func (s *scene) hold() (release func()) {
 // actor is a session of owner 1 that sees topic 0, and its peer.
 type actor struct {
 	*Session
-	peer *fakeConn
+	peer    *fakeConn
+	outcome *outcome
 }
 
 func (s *scene) connect(allowed int) actor {
-	fake := newFake(allowed)
-	a := actor{s.core.NewSession(fakeSocket{fake}), fake}
+	fake, o := newFake(allowed), &outcome{}
+	a := actor{s.core.NewSession(fakeSocket{fake}, o.ended), fake, o}
 	s.Cleanup(func() { a.End(nil) })
 	return a
 }
@@ -92,15 +93,8 @@ func (s *scene) got(a actor, want ...string) {
 func (s *scene) ended(a actor, want bool, cause error) {
 	s.Helper()
 	synctest.Wait()
-	select {
-	case <-a.Done():
-		if !want || !errors.Is(a.Cause(), cause) {
-			s.Errorf("ended with %v, expected: %v, %v", a.Cause(), want, cause)
-		}
-	default:
-		if want {
-			s.Error("has not ended")
-		}
+	if done, why := a.outcome.get(); done != want || !errors.Is(why, cause) {
+		s.Errorf("ended: %v with %v, expected: %v, %v", done, why, want, cause)
 	}
 }
 
@@ -410,10 +404,70 @@ func TestScenes(t *testing.T) {
 				s.Errorf("%d of %d writes came before, expected %d of %d", before, writes, maxWrites, 4*maxWrites)
 			}
 		},
+		"messages in parts are written together, and shared parts are left as they were": func(s *scene) {
+			a, b := s.connect(unlimited), s.connect(0)
+			shared, writes := line("shared"), 0
+			a.peer.onWrite = func() { writes++ }
+			release := s.hold()
+			a.Send(line("m 0"), nil, shared)
+			a.Send(line("m 1"))
+			b.Send(line("m 0"), shared, line("m 1"))
+			s.follow(b, live)
+			s.publish(0)
+			release()
+			s.got(a, "m 0", "shared", "m 1")
+			if writes != 1 {
+				s.Errorf("%d writes, expected 1", writes)
+			}
+			for range 40 {
+				b.peer.take(1)
+				synctest.Wait()
+			}
+			s.got(b, "m 0", "shared", "m 1", "f 0")
+			if string(shared) != "shared\n" {
+				s.Errorf("the shared part is %q", shared)
+			}
+		},
+		"a message larger than what is joined goes out whole": func(s *scene) {
+			a := s.connect(unlimited)
+			release := s.hold()
+			a.Send(line("m 0"))
+			a.Send(line("big%s", strings.Repeat("x", 3*maxJoined)))
+			a.Send(line("m 1"))
+			release()
+			s.got(a, "m 0", "big", "m 1")
+		},
+		"behind CloseWrite's message the stream of bytes ends, and the peer closes": func(s *scene) {
+			a := s.connect(4)
+			a.Send(line("m 0"))
+			a.CloseWrite(line("bye"))
+			s.got(a, "m 0")
+			if a.peer.hungUp {
+				s.Error("hung up before the last message")
+			}
+			a.peer.take(unlimited)
+			s.got(a, "m 0", "bye")
+			if !a.peer.hungUp {
+				s.Error("not hung up")
+			}
+			s.ended(a, false, nil)
+			time.Sleep(closeTimeout + time.Second)
+			s.ended(a, true, nil)
+		},
+		"CloseWrite behind Close sends nothing, and hangs up": func(s *scene) {
+			a := s.connect(unlimited)
+			a.Close(line("bye"))
+			s.got(a, "bye")
+			a.CloseWrite(line("bye again"))
+			s.got(a, "bye")
+			if !a.peer.hungUp {
+				s.Error("not hung up")
+			}
+		},
 		"a connection that is slow to close does not hold up its worker": func(s *scene) {
 			fake, closed := newFake(0), make(chan struct{})
 			fake.onClose = func() { <-closed }
-			slow := actor{s.core.NewSession(fake), fake} // no plain socket
+			slow := actor{s.core.NewSession(fake, ignore), fake, nil} // no plain socket
 			slow.Send(line("m 0"))
 			synctest.Wait()
 			s.core.workers[0].post(func() { slow.End(nil) })

@@ -10,6 +10,8 @@ import (
 )
 
 const (
+	// maxJoined bounds the messages of Send that one write carries.
+	maxJoined = 16 << 10
 	// maxUrgent bounds the bytes of Send that wait for the socket.
 	maxUrgent = 4 << 20
 	// closeTimeout is how long a session has to take its last messages, and its peer to close.
@@ -46,13 +48,13 @@ type Session struct {
 
 	scheduled atomic.Bool // in worker.ready
 	finished  atomic.Bool
-	done      chan struct{}
+	ended     func(cause error)
 
 	mu          sync.Mutex
 	urgent      [][]byte
 	urgentBytes int
-	closing     bool  // urgent ends with the last message
-	cause       error // why it ended, before done is closed
+	closing     bool // urgent ends with the last message
+	hangUp      bool // behind the last message the stream of bytes ends
 
 	// Owned by whoever writes. pos is atomic for those who measure the lag.
 	stream    *Stream // nil until the session follows one
@@ -74,12 +76,12 @@ type Session struct {
 	index    int    // in the follower's sessions
 	begin    func() // shows the stream to the writer, once the session is not parked any more
 	parked   bool
-	settled  bool
 }
 
 // NewSession makes a session of a connection, which it owns from now on for writing and closing.
-func (c *Core) NewSession(conn net.Conn) *Session {
-	return &Session{core: c, worker: c.nextWorker(), socket: newSocket(conn), done: make(chan struct{})}
+// When the session has ended, ended is called in a goroutine of its own, with the cause: nil after Close.
+func (c *Core) NewSession(conn net.Conn, ended func(cause error)) *Session {
+	return &Session{core: c, worker: c.nextWorker(), socket: newSocket(conn), ended: ended}
 }
 
 // Start says where and how a session follows a stream.
@@ -149,16 +151,21 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 	return nil
 }
 
-// Send sends a message of the session's own, ahead of the stream's frames that are not yet
-// written, and of all that are published afterwards. wire must not be changed afterwards.
-func (s *Session) Send(wire []byte) {
+// Send sends messages of the session's own, ahead of the stream's frames that are not yet
+// written, and of all that are published afterwards. They may come in parts, which sessions can
+// share; parts must not be changed afterwards.
+func (s *Session) Send(parts ...[]byte) {
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()
 		return
 	}
-	s.urgent = append(s.urgent, wire)
-	s.urgentBytes += len(wire)
+	for _, part := range parts {
+		if len(part) > 0 {
+			s.urgent = append(s.urgent, part)
+			s.urgentBytes += len(part)
+		}
+	}
 	full := s.urgentBytes > maxUrgent
 	s.mu.Unlock()
 	if full {
@@ -168,15 +175,23 @@ func (s *Session) Send(wire []byte) {
 	s.worker.schedule(s)
 }
 
-// Close sends a last message and then ends the session. The peer has a short time to take it
-// and to close from its side.
-func (s *Session) Close(wire []byte) {
+// Close sends a last message. The peer has a short time to take it and to close from its side;
+// then the session ends.
+func (s *Session) Close(wire []byte) { s.close(wire, false) }
+
+// CloseWrite sends a last message, unless Close has, and then no byte more, which tells the peer that
+// it may close. It has a short time to.
+func (s *Session) CloseWrite(wire []byte) { s.close(wire, true) }
+
+func (s *Session) close(wire []byte, hangUp bool) {
 	s.mu.Lock()
 	if s.closing {
+		s.hangUp = s.hangUp || hangUp
 		s.mu.Unlock()
+		s.worker.schedule(s)
 		return
 	}
-	s.closing = true
+	s.closing, s.hangUp = true, hangUp
 	s.urgent = append(s.urgent, wire)
 	s.mu.Unlock()
 	s.socket.conn.SetWriteDeadline(time.Now().Add(closeTimeout))
@@ -190,21 +205,11 @@ func (s *Session) End(cause error) {
 		return
 	}
 	s.mu.Lock()
-	s.cause, s.closing, s.urgent = cause, true, nil
+	s.closing, s.urgent = true, nil
 	s.mu.Unlock()
 	s.socket.close()
-	close(s.done)
 	s.worker.post(s.leave)
-}
-
-// Done is closed when the session has ended.
-func (s *Session) Done() <-chan struct{} { return s.done }
-
-// Cause is why the session ended, once Done is closed; nil after Close.
-func (s *Session) Cause() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.cause
+	go s.ended(cause)
 }
 
 // leave takes the session out of its follower.
@@ -273,7 +278,7 @@ type chunk struct {
 // was written.
 func (s *Session) next(b *scratch) (chunk, error) {
 	if s.off == 0 {
-		if c, ok := s.nextUrgent(); ok {
+		if c, ok := s.nextUrgent(b); ok {
 			return c, nil
 		}
 	}
@@ -299,7 +304,7 @@ func (s *Session) next(b *scratch) (chunk, error) {
 		}
 		if len(sp.bytes) > 0 {
 			if s.off == 0 { // what was sent before the span's frames were published comes before them
-				if c, ok := s.nextUrgent(); ok {
+				if c, ok := s.nextUrgent(b); ok {
 					return c, nil
 				}
 			}
@@ -316,15 +321,43 @@ func (s *Session) next(b *scratch) (chunk, error) {
 	}
 }
 
-// nextUrgent returns the message of Send that comes next. It is empty, and ok, when there is to
-// be nothing any more.
-func (s *Session) nextUrgent() (c chunk, ok bool) {
+// nextUrgent returns the messages of Send that come next, small ones together. It is empty, and ok,
+// when there is to be nothing any more.
+func (s *Session) nextUrgent(b *scratch) (c chunk, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if len(s.urgent) > 0 {
+	switch {
+	case len(s.urgent) == 0:
+		return c, s.closing
+	case len(s.urgent) == 1 || len(s.urgent[0]) >= maxJoined:
 		c.bytes = s.urgent[0]
+		return c, true
 	}
-	return c, s.closing || len(s.urgent) > 0
+	b.joined = b.joined[:0]
+	for _, part := range s.urgent {
+		room := maxJoined - len(b.joined)
+		if room == 0 {
+			break
+		}
+		b.joined = append(b.joined, part[:min(len(part), room)]...)
+	}
+	c.bytes = b.joined
+	return c, true
+}
+
+// passUrgent forgets the first n bytes of what Send gave. s.mu is held.
+func (s *Session) passUrgent(n int) {
+	s.urgentBytes -= n
+	for len(s.urgent) > 0 && n >= len(s.urgent[0]) {
+		n -= len(s.urgent[0])
+		s.urgent[0] = nil
+		s.urgent = s.urgent[1:]
+	}
+	if len(s.urgent) == 0 {
+		s.urgent = nil // an idle session holds on to nothing
+		return
+	}
+	s.urgent[0] = s.urgent[0][n:]
 }
 
 // sendFirst puts a message of the core's own before those of Send. It is called between two
@@ -362,15 +395,7 @@ func (s *Session) advance(c chunk, n int) {
 	w.bytes.Add(uint64(n))
 	if c.span == nil {
 		s.mu.Lock()
-		if len(s.urgent) > 0 {
-			s.urgentBytes -= n
-			if n == len(c.bytes) {
-				s.urgent[0] = nil
-				s.urgent = s.urgent[1:]
-			} else {
-				s.urgent[0] = s.urgent[0][n:]
-			}
-		}
+		s.passUrgent(n)
 		s.mu.Unlock()
 		return
 	}
@@ -399,9 +424,12 @@ func (s *Session) advance(c chunk, n int) {
 
 // settle runs on the worker when there is nothing left to write.
 func (s *Session) settle() {
-	if !s.settled && s.isClosing() {
-		s.settled = true
-		s.socket.conn.SetReadDeadline(time.Now().Add(closeTimeout))
+	s.mu.Lock()
+	hangUp := s.hangUp
+	s.hangUp = false
+	s.mu.Unlock()
+	if hangUp {
+		s.socket.closeWrite()
 	}
 }
 

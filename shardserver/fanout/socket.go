@@ -30,6 +30,19 @@ func (s *socket) close() {
 	s.conn.Close()
 }
 
+// closeWrite ends what is written. Like close it does not wait.
+func (s *socket) closeWrite() {
+	half, ok := s.conn.(interface{ CloseWrite() error })
+	switch {
+	case !ok:
+		s.close()
+	case s.raw == nil:
+		go half.CloseWrite() //nolint:errcheck // the session ends in a moment anyhow
+	default:
+		half.CloseWrite() //nolint:errcheck // likewise
+	}
+}
+
 // attempt is a write that does not wait. It is reused, so that a write allocates nothing.
 type attempt struct {
 	bytes []byte

@@ -73,7 +73,7 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 		if random.IntN(4) == 0 {
 			ours = blockingConn{ours}
 		}
-		c := &client{owner: 1, view: topics(1 + random.IntN(3)), session: core.NewSession(ours)}
+		c := &client{owner: 1, view: topics(1 + random.IntN(3)), session: core.NewSession(ours, ignore)}
 		clients[i] = c
 		atOnce := 1 + random.IntN(5000)
 		peer.SetReadDeadline(time.Now().Add(time.Minute))
@@ -149,7 +149,7 @@ func audience(t testing.TB, n, workers int) (*Core, *Stream) {
 	var sessions []*Session
 	for range n {
 		ours, peer := dial(t, "tcp", 0)
-		s := core.NewSession(ours)
+		s := core.NewSession(ours, ignore)
 		sessions = append(sessions, s)
 		if err := s.Follow(stream, Start{View: topics(1), Owner: 1, GateOpen: true}); err != nil {
 			t.Fatal(err)

@@ -92,6 +92,7 @@ type scratch struct {
 	used   int
 	own    span // for a session that no other one can share with
 	window [maxWindow]*Frame
+	joined []byte // messages of Send
 }
 
 // scratches are those of the goroutines that wait for a socket: they keep no span.

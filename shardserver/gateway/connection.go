@@ -4,10 +4,10 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"net"
 	"strconv"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -15,58 +15,126 @@ import (
 
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guild"
+	"guildhall.dev/guildhall/shardserver/poll"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 	"guildhall.dev/guildhall/shardserver/token"
 )
 
-// connection is one client: held, then spliced or served. Its goroutine reads; all writes go
-// through the session.
+// connection is one client: held, then spliced or served. All writes go through the session.
+// Messages of the client are read where they arrive: by a goroutine that the poller starts, or where
+// there is no poller, by the connection's own.
 type connection struct {
 	gateway   *Gateway
-	ws        *websocket.Conn
-	conn      *sharedConn
+	conn      net.Conn
 	id        snowflake.ID
 	version   string
-	request   string // path and query
+	early     []byte // came with the handshake, or was left in a broken reader
 	forwarded bool   // came from another pod
 
 	session  atomic.Pointer[fanout.Session] // nil while the connection is held or spliced
+	closing  atomic.Bool                    // a close message is on its way: the client is not listened to any more
+	expires  atomic.Int64                   // when the client must have been heard of, Unix milliseconds; 0: no matter
 	guild    *guild.Guild
-	attached bool // identified or resumed
 	interval time.Duration
 
+	mu       sync.Mutex
+	watched  *poll.Handle
+	attached bool // identified or resumed
+	gone     bool // the session has ended
+
+	reading sync.Mutex // held by whoever reads, and owns what follows
+	deaf    bool // what still comes is not the protocol any more
 	client  guild.Client
 	budget  int       // messages left in the present window
 	renewed time.Time // when the window began
 }
 
-func (c *connection) run() {
+// run holds the connection and begins to serve it. request is its path and query.
+func (c *connection) run(request string) {
 	g := c.gateway
-	defer g.remove(c)
-	local, remote := c.hold()
+	local, remote := c.hold(request)
 	if remote != nil {
-		g.splice(c.conn.Conn, remote)
-		return
-	}
-	session := g.o.Core.NewSession(c.conn.Conn)
-	defer session.End(nil)
-	c.conn.session.Store(session)
-	c.session.Store(session)
-	if local == nil {
-		c.finish(protocol.CloseUnknownError, "the guild is not available")
-		return
-	}
-	defer g.sessions.Add(-1)
-	if g.quitting() { // Drain may not have seen the session
-		c.finish(protocol.CloseUnknownError, restarting)
+		g.splice(c.conn, remote, c.early)
+		g.remove(c)
 		return
 	}
 	c.guild = local
-	c.serve()
-	if c.attached {
-		local.Detach(c.client)
+	session := g.o.Core.NewSession(c.conn, c.ended)
+	c.session.Store(session)
+	switch {
+	case local == nil:
+		c.close(protocol.CloseUnknownError, "the guild is not available")
+	case g.quitting(): // Drain may not have seen the session
+		c.close(protocol.CloseUnknownError, restarting)
+	case c.version != "" && c.version != "10" && c.version != "9":
+		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
+	default:
+		c.interval = g.times.interval - rand.N(g.times.spread)
+		c.expectWithin(g.times.identify)
+		c.reply(protocol.Hello(int(c.interval.Milliseconds())))
 	}
+	if !c.watch() {
+		c.read(true)
+	}
+}
+
+// watch leaves the reading to the poller, if there is one that can have the connection.
+func (c *connection) watch() bool {
+	if c.gateway.o.Poller == nil {
+		return false
+	}
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	watched, err := c.gateway.o.Poller.Add(c.conn, c.readable)
+	if err != nil {
+		return false
+	}
+	c.mu.Lock()
+	c.watched = watched
+	gone := c.gone
+	c.mu.Unlock()
+	if gone {
+		watched.Remove()
+	} else {
+		c.readMore()
+	}
+	return true
+}
+
+// readable is called when there is something to read.
+func (c *connection) readable() {
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	c.readMore()
+}
+
+// readMore reads what there is, and has the poller tell when there is more.
+func (c *connection) readMore() {
+	if !c.read(false) {
+		return
+	}
+	if err := c.watched.Arm(); err != nil {
+		c.session.Load().End(err)
+	}
+}
+
+// ended is called when the session has ended, and with it the socket.
+func (c *connection) ended(error) {
+	c.mu.Lock()
+	c.gone = true
+	attached, watched := c.attached, c.watched
+	c.mu.Unlock()
+	if watched != nil {
+		watched.Remove()
+	}
+	if attached {
+		c.guild.Detach(c.client)
+	}
+	if c.guild != nil {
+		c.gateway.sessions.Add(-1)
+	}
+	c.gateway.remove(c)
 }
 
 // closeError ends a connection with a close code.
@@ -77,126 +145,45 @@ type closeError struct {
 
 func (e *closeError) Error() string { return strconv.Itoa(e.code) + " " + e.reason }
 
-func (c *connection) serve() {
-	if c.version != "" && c.version != "10" && c.version != "9" {
-		c.finish(protocol.CloseInvalidVersion, "v: expected 10 or 9")
-		return
-	}
-	c.ws.SetPingHandler(func(data string) error {
-		if err := c.spend(); err != nil {
-			return err
-		}
-		c.reply(protocol.PongFrame([]byte(data)))
-		return nil
-	})
-	c.ws.SetCloseHandler(func(code int, _ string) error {
-		if code == websocket.CloseNoStatusReceived {
-			code = websocket.CloseNormalClosure
-		}
-		c.close(code, "")
-		return nil
-	})
-	t := &c.gateway.times
-	c.interval = t.interval - rand.N(t.spread)
-	c.reply(protocol.Hello(int(c.interval.Milliseconds())))
-	c.expectWithin(t.identify)
-	for {
-		payload, err := c.read()
-		if err == nil {
-			err = c.handle(payload)
-		}
-		if err != nil {
-			c.end(err)
-			return
-		}
-	}
-}
+// silent is the reason of a close for want of messages.
+const silent = "nothing heard in time"
 
-// end closes the connection for the reason that err is.
-func (c *connection) end(err error) {
-	var closing *closeError
-	var closed *websocket.CloseError
-	var network net.Error
-	switch {
-	case errors.As(err, &closing):
-		c.finish(closing.code, closing.reason)
-	case errors.As(err, &closed) && closed.Code != websocket.CloseAbnormalClosure:
-		// The client has closed, and the close handler answered. It takes the answer at once, or not
-		// at all; most clients then wait until the socket is closed.
-		time.AfterFunc(answerTime, func() { c.session.Load().End(nil) })
-		c.sink()
-	case errors.As(err, &network) && network.Timeout():
-		c.finish(protocol.CloseSessionTimeout, "nothing heard in time")
-	case errors.As(err, &closed), errors.As(err, &network), errors.Is(err, net.ErrClosed):
-		// The socket is gone.
-	default:
-		c.finish(protocol.CloseDecodeError, "not the WebSocket protocol")
-	}
-}
-
-// read reads one message of at most MaxClientPayload bytes.
-func (c *connection) read() ([]byte, error) {
-	kind, r, err := c.ws.NextReader()
-	if err != nil {
-		return nil, err
-	}
-	payload, err := io.ReadAll(io.LimitReader(r, protocol.MaxClientPayload+1))
-	switch {
-	case err != nil:
-		return nil, err
-	case len(payload) > protocol.MaxClientPayload:
-		return nil, &closeError{protocol.CloseDecodeError, "payload too large"}
-	case kind != websocket.TextMessage:
-		return nil, &closeError{protocol.CloseDecodeError, "expected a text message"}
-	}
-	return payload, nil
-}
-
-// expectWithin sets until when the client must be heard of. A session that is closing has a
-// deadline of its own.
+// expectWithin sets until when the client must be heard of.
 func (c *connection) expectWithin(d time.Duration) {
-	select {
-	case <-c.session.Load().Done():
-	default:
-		c.conn.SetReadDeadline(time.Now().Add(d))
+	c.expires.Store(time.Now().Add(d).UnixMilli())
+}
+
+// expire closes the connection when nothing has been heard of the client in time.
+func (c *connection) expire(now int64) {
+	if e := c.expires.Load(); e != 0 && e < now {
+		c.close(protocol.CloseSessionTimeout, silent)
 	}
 }
 
 // reply sends a message of the connection's own.
 func (c *connection) reply(wire []byte) { c.session.Load().Send(wire) }
 
-// close sends a close message, unless one has been sent. A connection that is held has no
-// session yet: it ends with the holding.
+// close sends a close message, unless one has been sent. The client has a short time to answer. A
+// connection that is held has no session yet: it ends with the holding.
 func (c *connection) close(code int, reason string) {
 	if session := c.session.Load(); session != nil {
+		c.closing.Store(true)
+		c.expires.Store(0)
 		session.Close(protocol.CloseFrame(code, reason))
 	}
 }
 
-// finish closes the connection and gives the client the time to answer.
-func (c *connection) finish(code int, reason string) {
-	c.close(code, reason)
-	c.discard()
-}
-
-// discard reads until the client has answered the close message or has had the time to.
-func (c *connection) discard() {
-	c.conn.SetReadDeadline(time.Now().Add(closeTime)) // the one before may have passed
-	for {
-		_, _, err := c.ws.NextReader()
-		if _, closed := errors.AsType[*websocket.CloseError](err); closed {
-			return
-		}
-		if err != nil { // a reader that has failed once reads nothing more
-			c.sink()
-			return
-		}
+// answerClose answers the client's close message. Most clients then wait until the socket is closed.
+func (c *connection) answerClose(code int) {
+	if code == websocket.CloseNoStatusReceived {
+		code = websocket.CloseNormalClosure
 	}
-}
-
-// sink reads bytes, not messages, until the socket is closed.
-func (c *connection) sink() {
-	io.Copy(io.Discard, io.LimitReader(c.conn.Conn, 1<<20)) //nolint:errcheck // every outcome ends it
+	c.expires.Store(0)
+	if c.closing.Swap(true) { // it was an answer itself
+		c.session.Load().End(nil)
+		return
+	}
+	c.session.Load().CloseWrite(protocol.CloseFrame(code, ""))
 }
 
 // handle acts on one message of the client.
@@ -304,7 +291,13 @@ const otherShard = 1 << 63
 func (c *connection) started(err error) error {
 	switch {
 	case err == nil:
+		c.mu.Lock()
 		c.attached = true
+		gone := c.gone
+		c.mu.Unlock()
+		if gone {
+			c.guild.Detach(c.client)
+		}
 		c.expectHeartbeat()
 		return nil
 	case errors.Is(err, guild.ErrFutureSeq):

@@ -4,6 +4,7 @@
 package gateway
 
 import (
+	"bufio"
 	"context"
 	"math/rand/v2"
 	"net"
@@ -18,6 +19,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/directory"
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guild"
+	"guildhall.dev/guildhall/shardserver/poll"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 	"guildhall.dev/guildhall/shardserver/token"
@@ -29,10 +31,6 @@ const (
 	HoldTime = 12 * time.Second
 	// maxHeld bounds the connections that are held at a time.
 	maxHeld = 4096
-	// closeTime is how long a client has to answer a close message.
-	closeTime = 3 * time.Second
-	// answerTime is how long the answer to a client's close message may take to be written.
-	answerTime = 200 * time.Millisecond
 	// sendBuffer bounds what the kernel keeps for a slow client.
 	sendBuffer = 256 << 10
 
@@ -47,19 +45,23 @@ type times struct {
 	grace time.Duration
 	// identify is how long a client may take to identify or resume after HELLO.
 	identify time.Duration
+	// message is how long the rest of a message may take.
+	message time.Duration
 	// reconnect is what clients have between op 7 and the close; discordgo waits 1 s.
 	reconnect time.Duration
 }
 
 var defaultTimes = times{
 	interval: 45 * time.Second, spread: 5 * time.Second, grace: 20 * time.Second,
-	identify: 30 * time.Second, reconnect: 2500 * time.Millisecond,
+	identify: 30 * time.Second, message: 10 * time.Second, reconnect: 2500 * time.Millisecond,
 }
 
 // Options of a Gateway.
 type Options struct {
 	Directory *directory.Directory
 	Core      *fanout.Core
+	// Poller tells when connections have something to read; nil: each has a goroutine that waits for it.
+	Poller *poll.Poller
 	// Keys returns the present key set.
 	Keys func() *token.Keys
 	// HoldTime is the constant of that name when 0.
@@ -72,6 +74,12 @@ type Gateway struct {
 	times    times
 	maxHeld  int64
 	upgrader websocket.Upgrader
+
+	readers      sync.Pool // of *reader
+	writeBuffers sync.Pool // gorilla's
+	halfSent     atomic.Int64
+
+	sweeper sync.Once
 
 	mu      sync.Mutex
 	conns   map[*connection]struct{}
@@ -93,7 +101,6 @@ func New(o Options) *Gateway {
 		o: o, times: defaultTimes, maxHeld: maxHeld,
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: 10 * time.Second,
-			ReadBufferSize:   512,
 			WriteBufferSize:  512,
 			WriteBufferPool:  &sync.Pool{},
 			// Clients prove themselves with tokens, not cookies: any origin may connect.
@@ -125,24 +132,43 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 		http.Error(w, "too many connections wait for their guilds", http.StatusServiceUnavailable)
 		return
 	}
-	hijacker := &hijacker{ResponseWriter: w}
-	ws, err := g.upgrader.Upgrade(hijacker, r, nil)
-	if err != nil {
+	upgrade := &upgrade{ResponseWriter: w}
+	if _, err := g.upgrader.Upgrade(upgrade, r, nil); err != nil {
 		return // the upgrader has answered
 	}
-	if tcp, ok := hijacker.conn.Conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
+	if tcp, ok := upgrade.conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
 		tcp.SetWriteBuffer(sendBuffer) //nolint:errcheck // where it fails the kernel's own bound counts
 	}
 	c := &connection{
-		gateway: g, ws: ws, conn: hijacker.conn, id: id,
-		version: query.Get("v"), request: r.URL.RequestURI(), forwarded: r.Header.Get(directory.ForwardedHeader) != "",
+		gateway: g, conn: upgrade.conn, early: upgrade.early, id: id,
+		version: query.Get("v"), forwarded: r.Header.Get(directory.ForwardedHeader) != "",
 	}
 	g.add(c)
 	// The request's goroutine ends here, with all that net/http keeps for it.
-	go c.run()
+	go c.run(r.URL.RequestURI())
+}
+
+// upgrade keeps the connection that gorilla takes over: afterwards messages are read by
+// readers that are lent, and written by the session.
+type upgrade struct {
+	http.ResponseWriter
+	conn  net.Conn
+	early []byte // sent by the client before it had the answer
+}
+
+// Hijack implements http.Hijacker.
+func (u *upgrade) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, rw, err := http.NewResponseController(u.ResponseWriter).Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
+	u.conn, u.early = conn, append([]byte(nil), early...)
+	return conn, rw, nil
 }
 
 func (g *Gateway) add(c *connection) {
+	g.sweeper.Do(func() { go g.sweep() })
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.conns[c] = struct{}{}
@@ -219,15 +245,28 @@ func (g *Gateway) quitting() bool {
 	}
 }
 
-// hijacker hands the upgrader the connection in a wrapper.
-type hijacker struct {
-	http.ResponseWriter
-	conn *sharedConn
+// sweep closes the connections of clients that have not been heard of in time, until the Gateway quits.
+func (g *Gateway) sweep() {
+	tick := time.NewTicker(max(min(g.times.identify, g.times.grace)/8, time.Millisecond))
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-g.quit:
+			return
+		}
+		now := time.Now().UnixMilli()
+		g.mu.Lock()
+		for c := range g.conns {
+			c.expire(now)
+		}
+		g.mu.Unlock()
+	}
 }
 
 // hold waits until the connection's guild can serve it. It returns the guild, or the pod that
 // holds it, or neither when the client has waited long enough.
-func (c *connection) hold() (local *guild.Guild, remote net.Conn) {
+func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) {
 	g := c.gateway
 	g.held.Add(1)
 	defer g.held.Add(-1)
@@ -243,7 +282,7 @@ func (c *connection) hold() (local *guild.Guild, remote net.Conn) {
 		case place.Guild != nil && g.admit():
 			return place.Guild, nil
 		case place.Remote != "" && !c.forwarded:
-			if conn, err := g.dial(place.Remote, c.request, deadline); err == nil {
+			if conn, err := g.dial(place.Remote, request, deadline); err == nil {
 				return nil, conn
 			}
 		}

@@ -76,8 +76,8 @@ func (s *splice) close() {
 }
 
 // splice copies between the client and the pod that holds its guild until one side ends. Between
-// plain sockets Linux moves the bytes in the kernel.
-func (g *Gateway) splice(client, holder net.Conn) {
+// plain sockets Linux moves the bytes in the kernel. early is what the client has sent already.
+func (g *Gateway) splice(client, holder net.Conn, early []byte) {
 	s := &splice{client: client, holder: holder}
 	g.mu.Lock()
 	g.spliced[s] = struct{}{}
@@ -93,15 +93,27 @@ func (g *Gateway) splice(client, holder net.Conn) {
 	}
 	if e, ok := holder.(*earlyConn); ok {
 		holder = e.Conn
-		client.SetWriteDeadline(time.Now().Add(dialTimeout))
-		if _, err := client.Write(e.early); err != nil {
+		if writeEarly(client, e.early) != nil {
 			return
 		}
-		client.SetWriteDeadline(time.Time{})
+	}
+	if writeEarly(holder, early) != nil {
+		return
 	}
 	go func() {
 		_, _ = io.Copy(holder, client) // its end is all that matters
 		s.close()
 	}()
 	_, _ = io.Copy(client, holder)
+}
+
+// writeEarly writes what had been read before the copying began.
+func writeEarly(to net.Conn, early []byte) error {
+	if len(early) == 0 {
+		return nil
+	}
+	to.SetWriteDeadline(time.Now().Add(dialTimeout))
+	defer to.SetWriteDeadline(time.Time{})
+	_, err := to.Write(early)
+	return err
 }

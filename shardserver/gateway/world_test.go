@@ -22,13 +22,34 @@ import (
 	"guildhall.dev/guildhall/shardserver/directory"
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guild"
+	"guildhall.dev/guildhall/shardserver/poll"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/report"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 	"guildhall.dev/guildhall/shardserver/token"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+// poller of the worlds; nil: a goroutine per connection reads.
+var poller *poll.Poller
+
+// TestMain runs the tests twice: with a poller, where the system has one, and without.
+func TestMain(m *testing.M) { goleak.VerifyTestMain(bothWays{m}) }
+
+type bothWays struct{ *testing.M }
+
+func (b bothWays) Run() int {
+	var err error
+	if poller, err = poll.New(); err == nil {
+		code := b.M.Run()
+		poller.Close()
+		if code != 0 {
+			return code
+		}
+		fmt.Println("again, with a goroutine per connection")
+	}
+	poller = nil
+	return b.M.Run()
+}
 
 const (
 	guildID   snowflake.ID = 1100000000000000001
@@ -69,7 +90,7 @@ func newWorld(t *testing.T, s setup) *world {
 	})
 	w.directory = newDirectory(w.core, s.remote)
 	w.gateway = New(Options{
-		Directory: w.directory, Core: w.core, Keys: func() *token.Keys { return w.keys }, HoldTime: s.hold,
+		Directory: w.directory, Core: w.core, Poller: poller, Keys: func() *token.Keys { return w.keys }, HoldTime: s.hold,
 	})
 	if s.times != nil {
 		s.times(&w.gateway.times)

@@ -275,7 +275,7 @@ func TestOneMemberManySessions(t *testing.T) {
 				}
 			}
 		}()
-		c := Client{Session: core.NewSession(server), User: NewUser(userID(1), "u", false), Random: uint64(i)}
+		c := Client{Session: core.NewSession(server, func(error) {}), User: NewUser(userID(1), "u", false), Random: uint64(i)}
 		defer c.Session.End(nil)
 		if err := g.Identify(context.Background(), c, func(s Snapshot) {
 			if s.Guild != nil {

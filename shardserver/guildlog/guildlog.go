@@ -2,7 +2,8 @@
 // read from any number that is still kept.
 //
 // Invariants:
-//   - Numbers rise strictly; a record may leave numbers unused, none is used twice in a log.
+//   - Numbers rise strictly; a record may leave numbers unused or reserve some behind its own, none is used
+//     twice in a log.
 //   - A record that Append has returned for is as durable as the log promises, and stays
 //     readable until retention drops it. Retention drops the oldest records only, so
 //     what is kept has no hole.
@@ -48,9 +49,15 @@ type Record struct {
 	Type string
 	// Data is the dispatch's body, "d": a JSON object. It must not be changed.
 	Data []byte
+	// Reserved is how many numbers right behind Seq belong to the record, too: those of
+	// dispatches that are derived from it.
+	Reserved uint64
 	// Users limits the record to those users' sessions; nil: all.
 	Users []snowflake.ID
 }
+
+// End is the last of the record's numbers.
+func (r *Record) End() uint64 { return r.Seq + r.Reserved }
 
 // size is what a record counts for retention by bytes, with its index entry.
 func (r *Record) size() int64 { return int64(len(r.Data)) + int64(8*len(r.Users)) + 64 }
@@ -66,14 +73,14 @@ type Log interface {
 	// ID and Epoch name the log and count its owners, from 1.
 	ID() ID
 	Epoch() int64
-	// Last is the number of the newest record, 0 when there is none.
+	// Last is the last number of the newest record, 0 when there is none.
 	Last() uint64
 	// Resumable says whether every record after number seq is still kept.
 	Resumable(seq uint64) bool
 	// Append adds records whose numbers follow Last and returns when they are durable. After an
 	// error nothing may be appended any more: what is on disk is not known.
 	Append(records []Record) error
-	// Read returns up to limit records with numbers above seq, oldest first, or ErrDropped.
+	// Read returns up to limit records that end above number seq, oldest first, or ErrDropped.
 	Read(seq uint64, limit int) ([]Record, error)
 	// Retain sets the retention.
 	Retain(Retention)
@@ -84,7 +91,7 @@ func checkOrder(last uint64, records []Record) error {
 		if records[i].Seq <= last || records[i].Seq < First {
 			return fmt.Errorf("guildlog: number %d does not follow %d", records[i].Seq, last)
 		}
-		last = records[i].Seq
+		last = records[i].End()
 	}
 	return nil
 }

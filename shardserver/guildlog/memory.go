@@ -16,7 +16,7 @@ type memory struct {
 	retention Retention
 	records   []Record // oldest first
 	bytes     int64
-	dropped   uint64 // number of the newest dropped record
+	dropped   uint64 // last number of the newest dropped record
 	last      uint64
 }
 
@@ -48,7 +48,7 @@ func (m *memory) Append(records []Record) error {
 	}
 	for i := range records {
 		m.bytes += records[i].size()
-		m.last = records[i].Seq
+		m.last = records[i].End()
 	}
 	m.records = append(m.records, records...)
 	m.drop()
@@ -61,7 +61,7 @@ func (m *memory) Read(seq uint64, limit int) ([]Record, error) {
 	if seq < m.dropped {
 		return nil, ErrDropped
 	}
-	from := sort.Search(len(m.records), func(i int) bool { return m.records[i].Seq > seq })
+	from := sort.Search(len(m.records), func(i int) bool { return m.records[i].End() > seq })
 	rest := m.records[from:]
 	return slices.Clone(rest[:min(len(rest), limit)]), nil
 }
@@ -78,7 +78,7 @@ func (m *memory) drop() {
 	n := 0
 	for n < len(m.records)-1 && (m.bytes > m.retention.Bytes || m.records[n].Time < oldest) {
 		m.bytes -= m.records[n].size()
-		m.dropped = m.records[n].Seq
+		m.dropped = m.records[n].End()
 		n++
 	}
 	clear(m.records[:n]) // for the garbage collector: the array behind the slice lives on

@@ -647,7 +647,7 @@ func FuzzPublish(f *testing.F) {
 		for _, id := range []snowflake.ID{member, stranger} {
 			place.Guild.Join(context.Background(), guild.NewUser(id, "x", false))
 			var client sink
-			session := w.core.NewSession(&client)
+			session := w.core.NewSession(&client, func(error) {})
 			err := place.Guild.Identify(context.Background(), guild.Client{Session: session, User: guild.NewUser(id, "x", false)}, func(s guild.Snapshot) {
 				if !json.Valid(s.Guild) || bytes.Contains(s.Guild, []byte(`"joined_at":""`)) {
 					t.Errorf("GUILD_CREATE %s", s.Guild)
