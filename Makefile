@@ -103,18 +103,19 @@ test-e2e: ## Run the end-to-end tests, on a cluster of their own (root).
 		echo "no end-to-end tests here"; \
 	fi
 
-# How often bench measures each, and with how many sessions.
+# How often bench measures each, with how many sessions, and which scenarios.
 ROUNDS ?= 3
 SESSIONS ?= 1000,5000,15000
+ONLY ?= fixed,max,storm,stuck,quiet
 # Where bench draws its results, docs/bench.svg for the documentation; empty: nowhere.
 PICTURE ?=
 
 .PHONY: bench
-bench: ## Compare fan-out with other servers and the bare floor (ROUNDS, SESSIONS; PICTURE=docs/bench.svg draws).
+bench: ## Compare fan-out with other servers and the bare floor (ROUNDS, SESSIONS, ONLY; PICTURE=docs/bench.svg draws).
 	$(GO_BUILD) -o build/bench/shardserver ./shardserver
 	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
 	build/bench/bench run --shardserver build/bench/shardserver --rounds $(ROUNDS) --sessions $(SESSIONS) \
-		--csv build/bench.csv --picture "$(PICTURE)"
+		--only $(ONLY) --csv build/bench.csv --storm-csv build/storm.csv --picture "$(PICTURE)"
 
 ##@ Build
 

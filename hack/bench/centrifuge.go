@@ -9,7 +9,7 @@ import (
 
 // centrifugeDialect: the session is subscribed by the server as it connects.
 var centrifugeDialect = dialect{path: "/", steps: []step{
-	{send: func(*clientConfig, int) string { return `{"id":1,"connect":{}}` }},
+	{send: func(*client, int) string { return `{"id":1,"connect":{}}` }},
 	{await: `"connect"`},
 }}
 

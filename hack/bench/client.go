@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -23,7 +24,7 @@ import (
 const (
 	// window is how many events are under way at most: published, and not yet received by every session.
 	window = 32
-	// payloadSize is that of an event, a JSON object.
+	// payloadSize is that of an event, a JSON object, unless a system has its own.
 	payloadSize = 256
 	// marker is in every event and in nothing else; its number and the time follow it, 16 hexadecimal digits each.
 	marker = `"bench":"`
@@ -42,20 +43,29 @@ type clientConfig struct {
 	Address   string `json:"address"`             // of the server
 	Publisher string `json:"publisher,omitempty"` // where events go; empty: Address, by REST
 	Key       string `json:"key,omitempty"`       // for tokens
-	Guild     string `json:"guild,omitempty"`
+	Guild     int    `json:"guild,omitempty"`     // id of the first one; 0: none
+	Guilds    int    `json:"guilds"`              // ids from Guild on; sessions and events go round them, one session each if several
+	Payload   int    `json:"payload"`             // bytes of an event
 }
 
 // phase is each further line: publish for so long, then wait until all has arrived.
 type phase struct {
 	Rate   float64       `json:"rate"` // events per second; 0: as the window allows
 	Length time.Duration `json:"length"`
+	// Stuck sessions, the last ones, read nothing from now on. Those that were stuck and are so no
+	// longer first receive all that they missed.
+	Stuck int `json:"stuck"`
+	// Cut: instead, cut all connections and come back. An event that is published meanwhile has to
+	// reach every session that resumes. Before it there was no event.
+	Cut bool `json:"cut"`
 }
 
 // answer is what a client process says to each line.
 type answer struct {
 	Error      string  `json:"error,omitempty"`
 	Deliveries int     `json:"deliveries"`
-	Seconds    float64 `json:"seconds"` // from the first publish to the last receipt
+	Bytes      int     `json:"bytes"`   // received
+	Seconds    float64 `json:"seconds"` // from the first publish to the last receipt, or until all are connected
 	P50        float64 `json:"p50"`     // milliseconds from publish to receipt
 	P99        float64 `json:"p99"`
 }
@@ -75,10 +85,11 @@ func clientCommand(in io.Reader, out io.Writer) error {
 		return err
 	}
 	encoder := json.NewEncoder(out)
-	if err := c.connect(); err != nil {
+	connected, err := c.start()
+	if err != nil {
 		return errors.Join(err, encoder.Encode(answer{Error: err.Error()}))
 	}
-	if err := encoder.Encode(answer{}); err != nil {
+	if err := encoder.Encode(connected); err != nil {
 		return err
 	}
 	phases := make(chan phase)
@@ -98,7 +109,11 @@ func clientCommand(in io.Reader, out io.Writer) error {
 	for {
 		select {
 		case p := <-phases:
-			a, err := c.run(p)
+			do := c.run
+			if p.Cut {
+				do = c.cut
+			}
+			a, err := do(p)
 			if err != nil {
 				a.Error = err.Error()
 			}
@@ -120,6 +135,7 @@ type client struct {
 	epoll   int
 	// sessions by number; the publisher's connection has the number after the last.
 	sessions  []session
+	readers   int // the first so many read and are counted; the others are stuck
 	publisher int
 	outgoing  []byte
 	buffer    []byte
@@ -127,6 +143,7 @@ type client struct {
 
 	published, done uint64 // events published, and received by all
 	received        [window]int
+	bytes           int
 	latency         histogram
 
 	beat     []byte
@@ -139,26 +156,55 @@ type session struct {
 	fd   int
 	next uint64
 	rest []byte
+	id   string // for a resume, with the number of the last dispatch
+	last uint64
 }
 
 var start = time.Now()
 
 func sinceStart() uint64 { return uint64(time.Since(start)) } //nolint:gosec // not negative
 
-func (c *client) connect() error {
+func (c *client) start() (answer, error) {
 	s, err := systemNamed(c.config.System)
 	if err != nil {
-		return err
+		return answer{}, err
 	}
 	c.dialect = s.dialect
 	if c.dialect.heartbeat != "" {
 		c.beat = maskedFrame(0x1, []byte(c.dialect.heartbeat))
 	}
-	server, err := socketAddress(c.config.Address)
-	if err != nil {
-		return err
+	if c.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
+		return answer{}, err
 	}
 	c.sessions = make([]session, c.config.Sessions)
+	c.readers = len(c.sessions)
+	for i := range c.sessions {
+		c.sessions[i].next = uint64(1 + i%c.config.Guilds) //nolint:gosec // not negative
+	}
+	to := c.config.Publisher
+	if to == "" {
+		to = c.config.Address
+	}
+	address, err := socketAddress(to)
+	if err != nil {
+		return answer{}, err
+	}
+	if c.publisher, err = dial(len(c.sessions), address); err != nil {
+		return answer{}, err
+	}
+	if err := c.watch(len(c.sessions), c.publisher); err != nil {
+		return answer{}, err
+	}
+	return c.connect(c.dialect.steps)
+}
+
+// connect brings all sessions to where they receive events.
+func (c *client) connect(steps []step) (answer, error) {
+	began := time.Now()
+	server, err := socketAddress(c.config.Address)
+	if err != nil {
+		return answer{}, err
+	}
 	var turn atomic.Int64
 	var failure atomic.Pointer[error]
 	var group sync.WaitGroup
@@ -169,7 +215,7 @@ func (c *client) connect() error {
 				if i >= len(c.sessions) {
 					return
 				}
-				if err := c.open(i, server); err != nil {
+				if err := c.open(i, server, steps); err != nil {
 					err = fmt.Errorf("session %d of %d: %w", i, len(c.sessions), err)
 					failure.CompareAndSwap(nil, &err)
 				}
@@ -178,35 +224,23 @@ func (c *client) connect() error {
 	}
 	group.Wait()
 	if err := failure.Load(); err != nil {
-		return *err
+		return answer{}, *err
 	}
-	if c.epoll, err = unix.EpollCreate1(unix.EPOLL_CLOEXEC); err != nil {
-		return err
-	}
-	to := c.config.Publisher
-	if to == "" {
-		to = c.config.Address
-	}
-	address, err := socketAddress(to)
-	if err != nil {
-		return err
-	}
-	if c.publisher, err = dial(len(c.sessions), address); err != nil {
-		return err
-	}
-	for i := range len(c.sessions) + 1 {
-		fd := c.publisher
-		if i < len(c.sessions) {
-			fd = c.sessions[i].fd
-		}
-		err := errors.Join(unix.SetNonblock(fd, true),
-			unix.EpollCtl(c.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(i)})) //nolint:gosec // small
-		if err != nil {
-			return err
+	seconds := time.Since(began).Seconds()
+	for i := range c.sessions {
+		s := &c.sessions[i]
+		if err := errors.Join(c.take(i, s.rest), c.watch(i, s.fd)); err != nil {
+			return answer{}, err
 		}
 	}
 	c.nextBeat = time.Now()
-	return nil
+	return answer{Seconds: seconds}, nil
+}
+
+// watch tells epoll of the connection with number i, which does not block from now on.
+func (c *client) watch(i, fd int) error {
+	return errors.Join(unix.SetNonblock(fd, true),
+		unix.EpollCtl(c.epoll, unix.EPOLL_CTL_ADD, fd, &unix.EpollEvent{Events: unix.EPOLLIN, Fd: int32(i)})) //nolint:gosec // small
 }
 
 func socketAddress(address string) (*unix.SockaddrInet4, error) {
@@ -234,17 +268,17 @@ func dial(i int, to *unix.SockaddrInet4) (int, error) {
 	)
 }
 
-// open brings session i to where it receives events.
-func (c *client) open(i int, server *unix.SockaddrInet4) error {
+// open brings session i to where it receives events. What it received already is in its rest.
+func (c *client) open(i int, server *unix.SockaddrInet4, steps []step) error {
 	s := &c.sessions[i]
-	s.next = 1
+	s.rest = s.rest[:0]
 	var err error
 	if s.fd, err = dial(i, server); err != nil {
 		return err
 	}
 	path := c.dialect.path
-	if c.config.Guild != "" {
-		path = "/g/" + c.config.Guild + path
+	if c.config.Guild != 0 {
+		path = fmt.Sprintf("/g/%d%s", c.config.Guild+i%c.config.Guilds, path)
 	}
 	request := "GET " + path + " HTTP/1.1\r\nHost: " + c.config.Address + "\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n" +
 		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
@@ -275,7 +309,7 @@ func (c *client) open(i int, server *unix.SockaddrInet4) error {
 		return fmt.Errorf("upgrade refused: %q", buffer)
 	}
 	buffer = buffer[end+4:]
-	for _, step := range c.dialect.steps {
+	for _, step := range steps {
 		for found := step.await == ""; !found; {
 			_, payload, size := parseFrame(buffer)
 			if size == 0 {
@@ -285,10 +319,16 @@ func (c *client) open(i int, server *unix.SockaddrInet4) error {
 				continue
 			}
 			found = bytes.Contains(payload, []byte(step.await))
+			if bytes.Contains(payload, markerBytes) {
+				s.rest = append(s.rest, buffer[:size]...)
+			}
+			if c.dialect.resume != nil {
+				s.note(payload)
+			}
 			buffer = buffer[size:]
 		}
 		if step.send != nil {
-			if _, err := unix.Write(s.fd, maskedFrame(0x1, []byte(step.send(&c.config, i)))); err != nil {
+			if _, err := unix.Write(s.fd, maskedFrame(0x1, []byte(step.send(c, i)))); err != nil {
 				return err
 			}
 		}
@@ -297,9 +337,79 @@ func (c *client) open(i int, server *unix.SockaddrInet4) error {
 	return nil
 }
 
+// note keeps what a resume will need.
+func (s *session) note(payload []byte) {
+	var m struct {
+		Seq  uint64 `json:"s"`
+		Data struct {
+			SessionID string `json:"session_id"`
+		} `json:"d"`
+	}
+	if json.Unmarshal(payload, &m) == nil && m.Seq > 0 {
+		s.last, s.id = m.Seq, cmp.Or(m.Data.SessionID, s.id)
+	}
+}
+
+// cut cuts all connections and comes back.
+func (c *client) cut(phase) (answer, error) {
+	for i := range c.sessions {
+		unix.Close(c.sessions[i].fd)
+	}
+	steps := c.dialect.steps
+	if c.dialect.resume != nil {
+		steps = c.dialect.resume
+		c.compose()
+		if err := c.send(); err != nil {
+			return answer{}, err
+		}
+	}
+	a, err := c.connect(steps)
+	if err != nil {
+		return a, err
+	}
+	return a, c.stepUntil(func() bool { return c.done == c.published })
+}
+
+// stick has all sessions but the first n read nothing. Those below n that were stuck receive what they missed.
+func (c *client) stick(n int) error {
+	for i := n; i < c.readers; i++ {
+		if err := unix.EpollCtl(c.epoll, unix.EPOLL_CTL_DEL, c.sessions[i].fd, nil); err != nil {
+			return err
+		}
+	}
+	for i := c.readers; i < n; i++ {
+		if err := c.watch(i, c.sessions[i].fd); err != nil {
+			return err
+		}
+	}
+	for i := c.readers; i < n; i++ {
+		if err := c.stepUntil(func() bool { return c.sessions[i].next > c.published }); err != nil {
+			return err
+		}
+	}
+	c.readers = n
+	return nil
+}
+
+// stepUntil takes what arrives until ready, when no more is published.
+func (c *client) stepUntil(ready func() bool) error {
+	for end := time.Now().Add(drainTime); !ready(); {
+		if time.Now().After(end) {
+			return fmt.Errorf("events up to %d have not reached every session within %s", c.published, drainTime)
+		}
+		if err := c.step(20 * time.Millisecond); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // run carries out a phase.
 func (c *client) run(p phase) (answer, error) {
-	c.latency = histogram{}
+	if err := c.stick(len(c.sessions) - p.Stuck); err != nil {
+		return answer{}, err
+	}
+	c.latency, c.bytes = histogram{}, 0
 	began := time.Now()
 	end := began.Add(p.Length)
 	first := c.published
@@ -320,9 +430,9 @@ func (c *client) run(p phase) (answer, error) {
 				wait = max(min(due.Sub(now), wait), 0)
 			}
 		case c.published == c.done:
-			deliveries := int(c.published-first) * len(c.sessions) //nolint:gosec // small
+			deliveries := int(c.published-first) * c.receivers() //nolint:gosec // small
 			return answer{
-				Deliveries: deliveries, Seconds: now.Sub(began).Seconds(),
+				Deliveries: deliveries, Bytes: c.bytes, Seconds: now.Sub(began).Seconds(),
 				P50: c.latency.quantile(0.5), P99: c.latency.quantile(0.99),
 			}, nil
 		case !finished:
@@ -342,24 +452,27 @@ func (c *client) run(p phase) (answer, error) {
 	}
 }
 
-var padding = bytes.Repeat([]byte("x"), payloadSize)
+// receivers is how many sessions an event goes to.
+func (c *client) receivers() int { return c.readers / c.config.Guilds }
+
+var padding = bytes.Repeat([]byte("x"), 2*payloadSize)
 
 // compose adds the next event to what goes to the server.
 func (c *client) compose() {
 	c.published++
 	const head, mid, tail = "{" + marker, `","pad":"`, `"}`
-	var event [payloadSize]byte
+	var event [2 * payloadSize]byte
 	b := append(event[:0], head...)
 	b = appendHex(b, c.published)
 	b = appendHex(b, sinceStart())
 	b = append(b, mid...)
-	b = append(b, padding[:payloadSize-len(b)-len(tail)]...)
+	b = append(b, padding[:c.config.Payload-len(b)-len(tail)]...)
 	b = append(b, tail...)
 	if c.config.Publisher == "" {
-		c.outgoing = appendPublish(c.outgoing, &c.config, b)
+		c.outgoing = appendPublish(c.outgoing, &c.config, int(c.published-1)%c.config.Guilds, b) //nolint:gosec // small
 		return
 	}
-	c.outgoing = binary.BigEndian.AppendUint32(c.outgoing, payloadSize)
+	c.outgoing = binary.BigEndian.AppendUint32(c.outgoing, uint32(len(b))) //nolint:gosec // small
 	c.outgoing = append(c.outgoing, b...)
 }
 
@@ -437,8 +550,14 @@ func (c *client) read(i int) error {
 	case n == 0:
 		return fmt.Errorf("session %d has ended: %w", i, io.EOF)
 	}
+	c.bytes += int(n)                        //nolint:gosec // small
+	return c.take(i, c.buffer[:kept+int(n)]) //nolint:gosec // small
+}
+
+// take takes the frames of session i off b, and keeps the rest.
+func (c *client) take(i int, b []byte) error {
+	s := &c.sessions[i]
 	now := sinceStart()
-	b := c.buffer[:kept+int(n)] //nolint:gosec // small
 	for {
 		opcode, payload, size := parseFrame(b)
 		if size == 0 {
@@ -447,7 +566,7 @@ func (c *client) read(i int) error {
 		b = b[size:]
 		switch opcode {
 		case 0x1, 0x2:
-			if err := c.message(s, payload, now); err != nil {
+			if err := c.message(i, payload, now); err != nil {
 				return fmt.Errorf("session %d: %w", i, err)
 			}
 		case 0x8:
@@ -465,23 +584,27 @@ func (c *client) read(i int) error {
 var markerBytes = []byte(marker)
 
 // message checks the events of a message, of which there may be several, or none.
-func (c *client) message(s *session, payload []byte, now uint64) error {
+func (c *client) message(i int, payload []byte, now uint64) error {
+	s := &c.sessions[i]
 	for {
-		i := bytes.Index(payload, markerBytes)
-		if i < 0 {
+		at := bytes.Index(payload, markerBytes)
+		if at < 0 {
 			return nil
 		}
-		if payload = payload[i+len(marker):]; len(payload) < 32 {
+		if payload = payload[at+len(marker):]; len(payload) < 32 {
 			return fmt.Errorf("event cut off: %q", payload)
 		}
 		seq, sent := parseHex(payload[:16]), parseHex(payload[16:32])
 		if seq != s.next || seq > c.published {
 			return fmt.Errorf("expected event %d of %d, got %d", s.next, c.published, seq)
 		}
-		s.next++
+		s.next += uint64(c.config.Guilds) //nolint:gosec // not negative
+		if i >= c.readers {
+			continue
+		}
 		c.latency.add(now - sent)
 		count := &c.received[seq%window]
-		if *count++; *count == len(c.sessions) {
+		if *count++; *count == c.receivers() {
 			*count = 0
 			c.done++
 		}

@@ -16,9 +16,10 @@ import (
 )
 
 // serveFloor is the least that a server can do: one finished frame, and one write(2) for each
-// session, in turn. With k above 1 it waits for k events and writes their frames at once. It has
-// no goroutine and no state per session but the descriptor.
-func serveFloor(k int) func(*endpoints) error {
+// session, in turn. With k above 1 it waits for k events and writes their frames at once; a k between
+// two whole numbers is both of them by turns, so that it is the mean. It has no goroutine and no state
+// per session but the descriptor.
+func serveFloor(k float64) func(*endpoints) error {
 	return func(e *endpoints) error {
 		f := &floor{}
 		go func() {
@@ -26,19 +27,23 @@ func serveFloor(k int) func(*endpoints) error {
 			os.Exit(1)
 		}()
 		var frames []byte
-		waiting := 0
+		waiting, batch := 0, 1
 		return e.published(func(payload []byte) {
 			if payload != nil {
 				frames = append(append(frames, frameHeader(len(payload))...), payload...)
 				waiting++
 			}
-			if waiting == k || payload == nil && waiting > 0 {
+			if waiting == batchSize(k, batch) || payload == nil && waiting > 0 {
 				f.deliver(frames)
 				frames, waiting = frames[:0], 0
+				batch++
 			}
 		})
 	}
 }
+
+// batchSize is the number of events in the n-th batch, from 1 on.
+func batchSize(k float64, n int) int { return int(float64(n)*k) - int(float64(n-1)*k) }
 
 type floor struct {
 	mu  sync.Mutex

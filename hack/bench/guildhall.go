@@ -11,11 +11,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -24,7 +26,7 @@ import (
 const (
 	guildhallName = "guildhall"
 
-	guildID   = "1574491430951321600"
+	guildID   = 1574491430951321600
 	firstUser = 900000000000000000
 	// intents GUILDS and GUILD_MESSAGES.
 	intents = 1<<0 | 1<<9
@@ -34,38 +36,57 @@ const (
 var guildhallDialect = dialect{
 	path: "/?v=10&encoding=json",
 	steps: []step{
-		{await: `"op":10`, send: func(c *clientConfig, i int) string {
+		{await: `"op":10`, send: func(c *client, i int) string {
 			return fmt.Sprintf(`{"op":2,"d":{"token":%q,"intents":%d,"properties":{"os":"linux","browser":"bench","device":"bench"}}}`,
-				userToken(c.Key, firstUser+1+i, false), intents)
+				userToken(c.config.Key, firstUser+1+i, false), intents)
 		}},
 		{await: `"GUILD_CREATE"`},
+	},
+	resume: []step{
+		{await: `"op":10`, send: func(c *client, i int) string {
+			s := &c.sessions[i]
+			return fmt.Sprintf(`{"op":6,"d":{"token":%q,"session_id":%q,"seq":%d}}`, userToken(c.config.Key, firstUser+1+i, false), s.id, s.last)
+		}},
+		{await: `"RESUMED"`},
 	},
 	heartbeat: `{"op":1,"d":null}`,
 }
 
-const guildhallManifest = `apiVersion: guildhall.dev/v1
-kind: Guild
-metadata:
-  name: bench
-spec:
-  id: "` + guildID + `"
-  access:
-    join: Open
-`
+// guildhallManifest is a file of so many guilds. With one it says nothing of the shard: defaults count.
+func guildhallManifest(guilds int) []byte {
+	var b []byte
+	for i := range guilds {
+		b = fmt.Appendf(b, "---\napiVersion: guildhall.dev/v1\nkind: Guild\nmetadata: {name: bench-%d}\nspec: {id: \"%d\", access: {join: Open}}\n",
+			i, guildID+i)
+	}
+	if guilds > 1 {
+		b = fmt.Appendf(b, "---\napiVersion: guildhall.dev/v1\nkind: GuildShard\nmetadata: {name: bench}\nspec: {capacity: {guilds: %d}}\n", guilds)
+	}
+	return b
+}
 
-// startGuildhall starts the shard server as its users do, alone with a file. It tells where it listens
-// as it logs.
-func startGuildhall(ctx context.Context, binary, dir string) (*server, error) {
-	var secret [32]byte
-	rand.Read(secret[:])
-	key := "1." + base64.RawURLEncoding.EncodeToString(secret[:])
-	keys, file := filepath.Join(dir, "keys"), filepath.Join(dir, "guild.yaml")
-	err := errors.Join(os.MkdirAll(keys, 0o700), os.WriteFile(filepath.Join(keys, "current"), []byte(key), 0o600),
-		os.WriteFile(file, []byte(guildhallManifest), 0o600))
+// startGuildhall starts the shard server as its users do, alone with a file, in a folder of its own.
+// It tells where it listens as it logs.
+func startGuildhall(ctx context.Context, binary string, guilds int) (_ *server, err error) {
+	dir, err := os.MkdirTemp("", "guildhall-bench-")
 	if err != nil {
 		return nil, err
 	}
-	s := &server{key: key, guild: guildID}
+	s := &server{dir: dir, guild: guildID}
+	defer func() {
+		if err != nil {
+			s.end()
+		}
+	}()
+	var secret [32]byte
+	rand.Read(secret[:])
+	s.key = "1." + base64.RawURLEncoding.EncodeToString(secret[:])
+	keys, file := filepath.Join(dir, "keys"), filepath.Join(dir, "guild.yaml")
+	err = errors.Join(os.MkdirAll(keys, 0o700), os.WriteFile(filepath.Join(keys, "current"), []byte(s.key), 0o600),
+		os.WriteFile(file, guildhallManifest(guilds), 0o600))
+	if err != nil {
+		return nil, err
+	}
 	cmd := exec.CommandContext(ctx, binary, "serve", "--file", file, "--keys-dir", keys,
 		"--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
 	log, err := cmd.StderrPipe()
@@ -85,7 +106,6 @@ func startGuildhall(ctx context.Context, binary, dir string) (*server, error) {
 			return s, nil
 		}
 	}
-	s.end()
 	return nil, fmt.Errorf("the shard server did not start:\n%s", said.String())
 }
 
@@ -110,47 +130,53 @@ func userToken(key string, user int, publish bool) string {
 	return signed + "." + b64.EncodeToString(mac.Sum(nil))
 }
 
-// appendPublish adds the REST call that publishes an event.
-func appendPublish(b []byte, c *clientConfig, payload []byte) []byte {
-	if publishHead == nil {
-		publishHead = fmt.Appendf(nil, "POST /g/%s/api/v10/guilds/%s/events HTTP/1.1\r\nHost: %s\r\nAuthorization: Bot %s\r\n"+
-			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n", c.Guild, c.Guild, c.Address,
-			userToken(c.Key, firstUser, true), len(publishOpen)+payloadSize+len(publishClose))
+// appendPublish adds the REST call that publishes an event to the guild.
+func appendPublish(b []byte, c *clientConfig, guild int, payload []byte) []byte {
+	if publishHeads[guild] == nil {
+		id := c.Guild + guild
+		publishHeads[guild] = fmt.Appendf(nil, "POST /g/%d/api/v10/guilds/%d/events HTTP/1.1\r\nHost: %s\r\nAuthorization: Bot %s\r\n"+
+			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n", id, id, c.Address,
+			userToken(c.Key, firstUser, true), len(publishOpen)+len(payload)+len(publishClose))
 	}
-	b = append(append(b, publishHead...), publishOpen...)
+	b = append(append(b, publishHeads[guild]...), publishOpen...)
 	return append(append(b, payload...), publishClose...)
 }
 
 const publishOpen, publishClose = `{"t":"GAME_TICK","d":`, `}`
 
-var publishHead []byte
+var publishHeads = map[int][]byte{}
 
-// guildhallCounters are deliveries and writes so far, by the shard server's own metrics.
-func guildhallCounters(ctx context.Context, admin string) (deliveries, writes float64, err error) {
+// counters are what a shard server has counted so far, by its own metrics.
+type counters struct{ deliveries, writes, lagging, allocations float64 }
+
+func guildhallCounters(ctx context.Context, admin string) (c counters, err error) {
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+admin+"/metrics", nil)
 	if err != nil {
-		return 0, 0, err
+		return c, err
 	}
 	resp, err := http.DefaultClient.Do(request)
 	if err != nil {
-		return 0, 0, err
+		return c, err
 	}
 	defer resp.Body.Close()
-	found := 0
+	missing := map[string]*float64{
+		"guildhall_deliveries_total": &c.deliveries, "guildhall_writes_total": &c.writes,
+		"guildhall_sessions_lagging": &c.lagging, "go_memstats_mallocs_total": &c.allocations,
+	}
 	lines := bufio.NewScanner(io.LimitReader(resp.Body, 1<<20))
 	for lines.Scan() {
 		name, value, _ := strings.Cut(lines.Text(), " ")
-		to := map[string]*float64{"guildhall_deliveries_total": &deliveries, "guildhall_writes_total": &writes}[name]
+		to := missing[name]
 		if to == nil {
 			continue
 		}
 		if *to, err = strconv.ParseFloat(value, 64); err != nil {
-			return 0, 0, err
+			return c, err
 		}
-		found++
+		delete(missing, name)
 	}
-	if found != 2 {
-		return 0, 0, fmt.Errorf("expected guildhall_deliveries_total and guildhall_writes_total in /metrics: %w", lines.Err())
+	if len(missing) > 0 {
+		return c, fmt.Errorf("expected %v in /metrics: %w", slices.Collect(maps.Keys(missing)), lines.Err())
 	}
-	return deliveries, writes, nil
+	return c, nil
 }

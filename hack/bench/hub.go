@@ -39,6 +39,21 @@ func serveHub(e *endpoints) error {
 	})
 }
 
+// serveUpgrades is net/http with gorilla's Upgrader and nothing else: each handler waits until its
+// client is gone.
+func serveUpgrades(e *endpoints) error {
+	upgrader := websocket.Upgrader{ReadBufferSize: 512, WriteBufferSize: 512, WriteBufferPool: &sync.Pool{}}
+	e.listen(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		conn, err := upgrader.Upgrade(w, r, nil)
+		if err != nil {
+			return
+		}
+		defer conn.Close()
+		conn.ReadMessage() //nolint:errcheck // every outcome ends it
+	}))
+	return e.published(func([]byte) {})
+}
+
 type hub struct {
 	mu       sync.Mutex
 	sessions map[*hubSession]struct{}

@@ -24,8 +24,8 @@ type panel struct {
 	rows   []row
 }
 
-// draw makes an SVG of the rows: what a CPU-second delivers flat out and at a low rate, and what an
-// idle connection takes, for each number of sessions.
+// draw makes an SVG of the rows: what a CPU-second delivers flat out and at a low rate, what an idle
+// connection takes, and what it costs to take one, for each number of sessions.
 func draw(rows []row) []byte {
 	var counts []int
 	for _, r := range rows {
@@ -35,6 +35,7 @@ func draw(rows []row) []byte {
 	}
 	speed := func(r row) float64 { return r.perCPUSecond / 1000 }
 	memory := func(r row) float64 { return r.rssIdle }
+	storm := func(r row) float64 { return r.perSession }
 	var panels []panel
 	for _, p := range []struct {
 		title, mode, format string
@@ -43,10 +44,14 @@ func draw(rows []row) []byte {
 		{"thousand deliveries per server CPU-second, flat out", flatOut, "%.0f", speed},
 		{"thousand deliveries per server CPU-second, low fixed rate", fixed, "%.0f", speed},
 		{"resident KB per idle connection", fixed, "%.1f", memory},
+		{"microseconds of server CPU to connect, each", connecting, "%.0f", storm},
+		{"microseconds of server CPU to resume, each", resuming, "%.0f", storm},
 	} {
 		for _, n := range counts {
-			of := slices.DeleteFunc(slices.Clone(rows), func(r row) bool { return r.sessions != n || r.mode != p.mode })
-			panels = append(panels, panel{title: fmt.Sprintf("%d sessions: %s", n, p.title), value: p.value, format: p.format, rows: of})
+			of := slices.DeleteFunc(inModes(rows, p.mode), func(r row) bool { return r.sessions != n })
+			if len(of) > 0 {
+				panels = append(panels, panel{title: fmt.Sprintf("%d sessions: %s", n, p.title), value: p.value, format: p.format, rows: of})
+			}
 		}
 	}
 	var body bytes.Buffer

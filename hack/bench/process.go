@@ -2,7 +2,7 @@ package main
 
 import (
 	"bufio"
-	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -13,6 +13,8 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+
+	"golang.org/x/sys/unix"
 )
 
 // process is a child. It ends with its context, with end, and with this process.
@@ -53,13 +55,21 @@ func (p *process) end() {
 type server struct {
 	*process
 	address, publisher, admin string
-	key, guild                string
+	key, dir                  string
+	guild                     int
 }
 
-// startServer starts a system's server.
-func startServer(ctx context.Context, s *system, shardserver, dir string) (*server, error) {
+func (s *server) end() {
+	if s.process != nil {
+		s.process.end()
+	}
+	os.RemoveAll(s.dir)
+}
+
+// startServer starts a system's server; Guildhall's has so many guilds.
+func startServer(ctx context.Context, s *system, shardserver string, guilds int) (*server, error) {
 	if s.serve == nil {
-		return startGuildhall(ctx, shardserver, dir)
+		return startGuildhall(ctx, shardserver, guilds)
 	}
 	cmd := exec.CommandContext(ctx, os.Args[0], "server", s.name)
 	out, err := cmd.StdoutPipe()
@@ -82,7 +92,20 @@ func startServer(ctx context.Context, s *system, shardserver, dir string) (*serv
 // clients is the running client process.
 type clients struct {
 	*process
-	out *bufio.Reader
+	out       *bufio.Reader
+	connected answer
+}
+
+// clientConfig is that of n sessions of the server's first guild.
+func (s *server) clientConfig(system *system, n int) clientConfig {
+	return clientConfig{
+		System: system.name, Sessions: n, Address: s.address, Publisher: s.publisher, Key: s.key, Guild: s.guild, Guilds: 1,
+		Payload: cmp.Or(system.payload, payloadSize),
+	}
+}
+
+func (s *server) startClients(ctx context.Context, system *system, n int) (*clients, error) {
+	return startClients(ctx, s.clientConfig(system, n))
 }
 
 // startClients connects the sessions.
@@ -97,7 +120,7 @@ func startClients(ctx context.Context, config clientConfig) (*clients, error) {
 		return nil, err
 	}
 	c := &clients{process: p, out: bufio.NewReader(out)}
-	if _, err := c.ask(config); err != nil {
+	if c.connected, err = c.ask(config); err != nil {
 		p.end()
 		return nil, fmt.Errorf("connecting %d sessions: %w", config.Sessions, errors.Join(err, ctx.Err()))
 	}
@@ -127,19 +150,12 @@ func (c *clients) ask(question any) (answer, error) {
 	return a, nil
 }
 
-// ticks per second of what the kernel tells in /proc.
-const ticks = 100
-
-// cpu is the seconds, user and system, that the process has used.
+// cpu is the seconds, user and system, that the process has used: its clock of the scheduler
+// (clock_getcpuclockid), which is what /proc/<pid>/stat has in steps of 10 ms.
 func (p *process) cpu() (float64, error) {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", p.cmd.Process.Pid))
-	if err != nil {
-		return 0, err
-	}
-	fields := strings.Fields(string(b[bytes.LastIndexByte(b, ')')+1:])) // from the third on
-	user, err1 := strconv.ParseFloat(fields[11], 64)
-	system, err2 := strconv.ParseFloat(fields[12], 64)
-	return (user + system) / ticks, errors.Join(err1, err2)
+	var t unix.Timespec
+	err := unix.ClockGettime(int32(^p.cmd.Process.Pid)<<3|2, &t) //nolint:gosec // as the kernel has it
+	return float64(t.Nano()) / 1e9, err
 }
 
 // rss is the process's resident memory in KB.
@@ -164,6 +180,9 @@ func procValue(file, name string) (float64, error) {
 	}
 	return 0, fmt.Errorf("%s: expected %s", file, name)
 }
+
+// ticks per second of what the kernel tells in /proc/stat.
+const ticks = 100
 
 // machine is the seconds that all cores have spent since the start of the machine.
 type machine struct{ busy, softirq float64 }

@@ -9,6 +9,8 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"strconv"
+	"strings"
 	"time"
 )
 
@@ -21,6 +23,8 @@ type system struct {
 	serve func(*endpoints) error
 	// dialect is how a session begins.
 	dialect dialect
+	// payload is the bytes of an event; payloadSize when 0.
+	payload int
 }
 
 // dialect is what a client sends after the upgrade, one message after another: each when a
@@ -28,17 +32,21 @@ type system struct {
 type dialect struct {
 	path  string
 	steps []step
+	// resume is what it sends when it comes back; nil: steps, and events meanwhile are lost.
+	resume []step
 	// heartbeat is sent by each session now and then; none when empty.
 	heartbeat string
 }
 
 type step struct {
 	await string
-	send  func(*clientConfig, int) string // nil: nothing, await was the last
+	send  func(*client, int) string // nil: nothing, await was the last
 }
 
+const floorName = "floor"
+
 var systems = []system{
-	{name: "floor", serve: serveFloor(1), dialect: dialect{path: "/"}},
+	{name: floorName, serve: serveFloor(1), dialect: dialect{path: "/"}},
 	{name: "floor-8", serve: serveFloor(8), dialect: dialect{path: "/"}, flatOutOnly: true},
 	{name: "floor-16", serve: serveFloor(16), dialect: dialect{path: "/"}, flatOutOnly: true},
 	{name: "gorilla-hub", serve: serveHub, dialect: dialect{path: "/"}},
@@ -48,10 +56,22 @@ var systems = []system{
 	{name: guildhallName, dialect: guildhallDialect},
 }
 
+// upgradeOnly is what storms are compared with: a session that does nothing but connect.
+var upgradeOnly = system{name: "gorilla-upgrade", serve: serveUpgrades, dialect: dialect{path: "/"}}
+
+// systemNamed finds a system. A floor may have any number of frames in a write: floor-7.25.
 func systemNamed(name string) (*system, error) {
 	for i := range systems {
 		if systems[i].name == name {
 			return &systems[i], nil
+		}
+	}
+	if name == upgradeOnly.name {
+		return &upgradeOnly, nil
+	}
+	if frames, ok := strings.CutPrefix(name, "floor-"); ok {
+		if k, err := strconv.ParseFloat(frames, 64); err == nil && k >= 1 && k <= window {
+			return &system{name: name, serve: serveFloor(k), dialect: dialect{path: "/"}, flatOutOnly: true}, nil
 		}
 	}
 	return nil, fmt.Errorf("no system %q", name)
