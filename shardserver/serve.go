@@ -196,6 +196,7 @@ func (s *server) run(ctx context.Context) (err error) {
 		start("gateway over TLS", func() error { return clients.Serve(s.listeners.tls) })
 	}
 	start("admin", func() error { return admins.Serve(s.listeners.admin) })
+	group.Go(func() { trimMemory(background) })
 	start("keys", func() error { return s.watchKeys(background) })
 	if s.alone != nil {
 		s.runAlone()

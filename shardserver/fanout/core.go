@@ -3,11 +3,17 @@
 // own for what is published. The package knows frames, sockets, views and cursors, and
 // nothing of what is in the frames.
 //
-// A session belongs to one worker, which owns all writes to its socket. A pass of a worker
-// over a stream builds the bytes between a position and the head once per view, and writes
-// them to every session of that view at that position. A socket that would block is parked:
-// a goroutine waits until it is writable again and brings the session up to date, while the
-// others go on.
+// A view picks a body of each frame. A frame may turn views, at exactly its number, and may have
+// something else for some owners: both stand in the frame, so that a replay is what was sent live.
+//
+// A session belongs to one worker, which owns all writes to its socket. A worker looks through
+// the frames between a position and the head once per view, copies the bytes once for all views
+// that pick the same, and writes them to every session of those views at that position. A
+// socket that would block is parked: a goroutine waits until it is writable again and brings
+// the session up to date, while the others go on.
+//
+// A stream keeps frames for a short time alone. A session further behind is brought up to date
+// from the stream's history, which makes the frames anew, by a goroutine as if it were parked.
 package fanout
 
 import (
@@ -37,6 +43,7 @@ type Core struct {
 	now     func() time.Time
 	turn    atomic.Uint32
 	stopped chan struct{}
+	readers chan struct{} // has one for each session that reads history
 }
 
 // Stats counts what a Core has done since its start.
@@ -47,13 +54,15 @@ type Stats struct {
 	Writes, Bytes uint64
 	// Parked: sessions whose socket does not take more now.
 	Parked int64
+	// CatchingUp: sessions that are brought up to date from the history.
+	CatchingUp int64
 	// Overruns: sessions closed since they fell behind what their stream keeps.
 	Overruns uint64
 }
 
 // New starts a Core.
 func New(o Options) *Core {
-	c := &Core{noop: o.Noop, overrun: o.Overrun, now: o.Now, stopped: make(chan struct{})}
+	c := &Core{noop: o.Noop, overrun: o.Overrun, now: o.Now, stopped: make(chan struct{}), readers: make(chan struct{}, maxReaders)}
 	if c.now == nil {
 		c.now = time.Now
 	}
@@ -62,7 +71,7 @@ func New(o Options) *Core {
 		n = runtime.GOMAXPROCS(0)
 	}
 	for range n {
-		w := &worker{core: c, signal: make(chan struct{}, 1), scratch: scratch{keep: maxCached}, attempt: newAttempt()}
+		w := &worker{core: c, signal: make(chan struct{}, 1), scratch: scratch{cache: newCache()}, attempt: newAttempt()}
 		c.workers = append(c.workers, w)
 		go w.run()
 	}
@@ -79,6 +88,7 @@ func (c *Core) Stats() (s Stats) {
 		s.Writes += w.writes.Load()
 		s.Bytes += w.bytes.Load()
 		s.Parked += w.parked.Load()
+		s.CatchingUp += w.catchingUp.Load()
 		s.Overruns += w.overruns.Load()
 	}
 	return s

@@ -44,7 +44,7 @@ type fakeConn struct {
 	got     []byte
 	closed  bool
 	late    bool
-	hungUp  bool // nothing may be written any more
+	hungUp  bool   // nothing may be written any more
 	onWrite func() // called before bytes are taken
 	onClose func()
 }

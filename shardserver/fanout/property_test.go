@@ -21,15 +21,18 @@ func TestSessionsGetWhatTheModelSays(t *testing.T) {
 	for _, run := range []struct {
 		name      string
 		retention Retention
+		history   bool
 		settle    bool // after each operation wait until nothing moves
 	}{
-		{"with a stream that keeps little, sessions that lag are cut", Retention{Bytes: 4 << 10, Age: time.Minute}, true},
-		{"with a stream that keeps all, nobody is cut", Retention{Bytes: 1 << 30, Age: 1e6 * time.Hour}, false},
+		{"with a stream that keeps little, sessions that lag are cut", Retention{Bytes: 4 << 10, Age: time.Minute}, false, true},
+		{"with a stream that keeps all, nobody is cut", Retention{Bytes: 1 << 30, Age: 1e6 * time.Hour}, false, false},
+		{"with a history, sessions that lag catch up unless it drops them", Retention{Bytes: 2 << 10, Age: time.Minute}, true, true},
+		{"with a history, while all goes on", Retention{Bytes: 2 << 10, Age: time.Minute}, true, false},
 	} {
 		t.Run(run.name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				rapid.Check(struct{ testing.TB }{t}, func(rt *rapid.T) {
-					p := newProperty(rt, run.retention, run.settle)
+					p := newProperty(rt, run.retention, run.history, run.settle)
 					defer p.stop()
 					rt.Repeat(map[string]func(*rapid.T){
 						"":        p.settled,
@@ -56,18 +59,23 @@ type property struct {
 	clock   atomic.Int64 // of the core, Unix milliseconds
 	settle  bool
 	small   bool
+	history bool
 	clients []*client
 	conns   map[*client]*fakeConn
 }
 
-func newProperty(rt *rapid.T, r Retention, settle bool) *property {
-	p := &property{settle: settle, small: r.Bytes < 1<<20, conns: map[*client]*fakeConn{}}
-	p.model.gates = map[uint64]bool{1: true, 2: true, 3: rapid.Bool().Draw(rt, "gate of owner 3")}
+func newProperty(rt *rapid.T, r Retention, history, settle bool) *property {
+	p := &property{settle: settle, small: r.Bytes < 1<<20, history: history, conns: map[*client]*fakeConn{}}
 	p.core = New(Options{
 		Workers: rapid.IntRange(1, 2).Draw(rt, "workers"), Noop: noop, Overrun: overrun,
 		Now: func() time.Time { return time.UnixMilli(p.clock.Load()) },
 	})
-	p.stream = p.core.NewStream(0, r)
+	var h History
+	if history {
+		p.model.block = rapid.IntRange(1, 20).Draw(rt, "block")
+		h = &p.model
+	}
+	p.stream = p.core.NewStream(0, h, r, r)
 	return p
 }
 
@@ -81,31 +89,65 @@ func (p *property) stop() {
 
 func (p *property) publish(rt *rapid.T) {
 	var frames []*Frame
-	numbered := false // what is derived has the number of a record published with it
 	for range rapid.IntRange(1, 4).Draw(rt, "frames") {
-		kind := rapid.SampledFrom([]string{"all", "all", "all", "volatile", "addressed", "gate", "derived"}).Draw(rt, "kind")
+		kind := rapid.SampledFrom([]string{"all", "all", "volatile", "addressed", "personal", "turn", "turn one", "record"}).Draw(rt, "kind")
 		seq := p.model.last() + uint64(rapid.IntRange(1, 2).Draw(rt, "step"))
-		if kind == "volatile" || kind == "derived" && numbered {
+		if kind == "volatile" {
 			seq = p.model.last()
 		}
-		numbered = numbered || kind != "volatile"
 		var only []uint64
 		owner := rapid.Uint64Range(1, 3).Draw(rt, "owner")
-		gate := LeaveGate
-		switch kind {
-		case "addressed":
-			only = []uint64{owner, 9}
-		case "gate":
-			only, gate = []uint64{owner}, OpenGate
-			if p.model.gate(owner, len(p.model.frames)) {
-				gate = CloseGate
-			}
+		if kind == "addressed" {
+			only = []uint64{owner, 9, owner}
 		}
 		f := p.model.frame(seq, rapid.IntRange(0, 2).Draw(rt, "topic"), rapid.IntRange(0, 300).Draw(rt, "padding"), only...)
-		f.Gate, f.Volatile = gate, kind == "volatile"
+		f.Volatile = kind == "volatile"
 		frames = append(frames, f)
+		if rapid.Bool().Draw(rt, "variant") && f.Wire != nil {
+			f.Variants = [][]byte{line("v %d", len(p.model.frames)-1)}
+		}
+		turn := flip(rapid.IntRange(1, 7).Draw(rt, "flip"))
+		switch kind {
+		case "personal":
+			p.model.personal(f, owner, "instead", nil)
+			if rapid.Bool().Draw(rt, "drop") {
+				p.model.personal(f, owner%3+1, "", nil)
+			}
+		case "turn":
+			f.Turn = turn
+			if rapid.Bool().Draw(rt, "and one otherwise") {
+				p.model.personal(f, owner, "other turn", flip(rapid.IntRange(0, 7).Draw(rt, "flip")))
+			}
+		case "turn one":
+			p.model.personal(f, owner, "", turn)
+		case "record": // turns all, has something derived for each view, and something more for one owner
+			f.Turn = turn
+			derived := p.model.frame(seq+1, rapid.IntRange(0, 2).Draw(rt, "topic"), 0)
+			inserted := p.model.frame(seq+2, 0, 0, owner)
+			frames = append(frames, derived, inserted)
+		}
 	}
-	p.stream.Publish(frames...)
+	if p.history && rapid.IntRange(0, 4).Draw(rt, "forget") == 0 {
+		p.model.mu.Lock()
+		p.model.forgotten = max(p.model.forgotten, p.lost()*rapid.Uint64Range(0, 4).Draw(rt, "quarters")/4)
+		p.model.mu.Unlock()
+	}
+	p.model.publish(p.stream, frames...)
+}
+
+// lost is the number up to which the window has dropped frames.
+func (p *property) lost() uint64 {
+	p.stream.mu.RLock()
+	defer p.stream.mu.RUnlock()
+	return p.stream.lost
+}
+
+// gone is the number up to which frames cannot be replayed.
+func (p *property) gone() uint64 {
+	if p.history {
+		return min(p.lost(), p.model.forgotten)
+	}
+	return p.lost()
 }
 
 func (p *property) connect(rt *rapid.T) {
@@ -113,6 +155,10 @@ func (p *property) connect(rt *rapid.T) {
 		owner: rapid.Uint64Range(1, 3).Draw(rt, "owner"), view: topics(rapid.IntRange(0, 7).Draw(rt, "view")),
 		unlimited: rapid.Bool().Draw(rt, "unlimited"),
 	}
+	if rapid.Bool().Draw(rt, "variants") {
+		c.view |= variant
+	}
+	c.lags = p.small && !(c.unlimited && p.settle)
 	fake := newFake(0)
 	if c.unlimited {
 		fake.take(unlimited)
@@ -141,11 +187,15 @@ func (p *property) pick(rt *rapid.T, ok func(*client) bool) *client {
 
 func (p *property) follow(rt *rapid.T) {
 	c := p.pick(rt, func(c *client) bool { return !c.follows && !c.closed })
-	start := Start{View: c.view, Owner: c.owner, GateOpen: p.model.gate(c.owner, len(p.model.frames)), Seq: p.model.last()}
+	start := Start{View: c.view, Owner: c.owner, Seq: p.model.last()}
 	if rapid.Bool().Draw(rt, "resume") {
 		start.Seq, start.Replayed = rapid.Uint64Range(0, p.model.last()+1).Draw(rt, "seq"), replayed
 	}
-	dropped := start.Seq > p.model.last() || p.stream.first > 0 && start.Seq < p.model.frames[p.stream.first-1].Seq
+	from, lost := p.model.behind(start.Seq), p.lost()
+	if start.Seq < lost && p.model.turned(c.owner, from, p.model.behind(lost)) != 0 {
+		rt.Skip("the caller's concern")
+	}
+	dropped := start.Seq > p.model.last() || start.Seq < p.gone()
 	err := c.session.Follow(p.stream, start)
 	if dropped != errors.Is(err, ErrDropped) {
 		rt.Fatalf("following from %d: %v, dropped: %v", start.Seq, err, dropped)
@@ -153,7 +203,8 @@ func (p *property) follow(rt *rapid.T) {
 	if err != nil {
 		return
 	}
-	c.follows, c.from = true, p.model.behind(start.Seq)
+	c.follows, c.from = true, from
+	c.view ^= p.model.turned(c.owner, from, len(p.model.frames))
 	if start.Replayed != nil {
 		c.replays, c.replay = true, len(p.model.frames)
 	}
@@ -208,10 +259,10 @@ func (p *property) check(rt *rapid.T, complete bool) {
 			rt.Fatalf("client %d (owner %d, view %b): %v\n%s", i, c.owner, c.view, err, got)
 		}
 		cut := errors.Is(cause, errOverrun) || strings.HasSuffix(string(got), "overrun\n")
-		if cut && (c.unlimited || !p.small) {
+		if cut && (c.unlimited && p.settle || !p.small) {
 			rt.Fatalf("client %d was cut, but did not lag", i)
 		}
-		if !ended && !cut && !c.closed && missing >= 0 && uint64(missing) < p.stream.first {
+		if p.settle && !ended && !cut && !c.closed && missing >= 0 && p.model.frames[missing].Seq <= p.gone() {
 			rt.Fatalf("client %d waits for frame %d, which has been dropped", i, missing)
 		}
 	}

@@ -25,7 +25,7 @@ func play(t *testing.T, o Options, act func(*scene)) {
 	synctest.Test(t, func(t *testing.T) {
 		o.Workers = 1
 		s := &scene{T: t, core: New(o)}
-		s.stream = s.core.NewStream(0, keepAll)
+		s.stream = s.core.NewStream(0, nil, keepAll, keepAll)
 		act(s)
 		synctest.Wait()
 		s.core.Stop()
@@ -55,7 +55,9 @@ func (s *scene) connect(allowed int) actor {
 }
 
 func (s *scene) follow(a actor, start Start) {
-	start.View = topics(1)
+	if start.View == nil {
+		start.View = topics(1)
+	}
 	if start.Owner == 0 {
 		start.Owner = 1
 	}
@@ -71,11 +73,19 @@ func (s *scene) publish(paddings ...int) {
 	}
 }
 
-// gate publishes a frame to an owner, behind which their gate is as g says.
-func (s *scene) gate(g Gate, owner uint64) {
+// turn publishes a frame to an owner, behind which they see topic 0, or do not any more.
+func (s *scene) turn(owner uint64) {
 	f := s.model.frame(s.model.last()+1, 1, 0, owner)
-	f.Gate = g
+	f.Personal[0].Turn = flip(1)
 	s.stream.Publish(f)
+}
+
+func (s *scene) retain(r Retention) { s.stream.Retain(r, r) }
+
+// history has the stream keep one frame; what is older the model makes anew.
+func (s *scene) history(block int) {
+	s.model.block = block
+	s.stream = s.core.NewStream(0, &s.model, Retention{Bytes: 1, Age: time.Hour}, keepAll)
 }
 
 // got checks all that the peer got, without the padding.
@@ -101,15 +111,15 @@ func (s *scene) ended(a actor, want bool, cause error) {
 // watched is a view that admits all, and calls a function when it does so first.
 type watched struct{ first func() }
 
-func (w *watched) Admits(*Frame) bool {
-	if f := w.first; f != nil {
+func (w *watched) Pick(f *Frame) []byte {
+	if do := w.first; do != nil {
 		w.first = nil
-		f()
+		do()
 	}
-	return true
+	return f.Wire
 }
 
-var live = Start{GateOpen: true}
+var live = Start{}
 
 func TestScenes(t *testing.T) {
 	var during func() // called by the next no-op
@@ -128,9 +138,9 @@ func TestScenes(t *testing.T) {
 			a, b := s.connect(unlimited), s.connect(unlimited)
 			release := s.hold()
 			s.publish(0, 0)
-			s.follow(a, Start{GateOpen: true, Replayed: replayed})
+			s.follow(a, Start{Replayed: replayed})
 			s.publish(0)
-			s.follow(b, Start{GateOpen: true, Replayed: replayed})
+			s.follow(b, Start{Replayed: replayed})
 			s.publish(0)
 			release()
 			s.got(a, "f 0", "f 1", "replayed 2", "f 2", "f 3")
@@ -138,7 +148,7 @@ func TestScenes(t *testing.T) {
 		},
 		"what is addressed to one owner is not shared with others": func(s *scene) {
 			a, b, c := s.connect(unlimited), s.connect(unlimited), s.connect(unlimited)
-			s.follow(b, Start{GateOpen: true, Owner: 2})
+			s.follow(b, Start{Owner: 2})
 			s.follow(a, live)
 			s.follow(c, live)
 			s.stream.Publish(s.model.frame(1, 0, 0), s.model.frame(2, 0, 0, 2), s.model.frame(3, 0, 0))
@@ -146,23 +156,144 @@ func TestScenes(t *testing.T) {
 			s.got(b, "f 0", "f 1", "f 2")
 			s.got(c, "f 0", "f 2")
 		},
-		"while the gate is closed only addressed frames pass": func(s *scene) {
+		"views turn at an exact number, and what is addressed passes them": func(s *scene) {
 			a, b, c := s.connect(unlimited), s.connect(unlimited), s.connect(unlimited)
 			s.follow(a, live)
-			s.follow(b, Start{Owner: 2})
-			s.follow(c, Start{Owner: 3})
+			s.follow(b, Start{Owner: 2, View: topics(0)})
+			s.follow(c, Start{Owner: 3, View: topics(0)})
 			s.publish(0)
 			synctest.Wait()
 			release := s.hold()
-			s.gate(OpenGate, 2)
+			s.turn(2)
 			s.publish(0)
-			s.gate(CloseGate, 1)
+			s.turn(1)
 			s.publish(0)
-			s.gate(LeaveGate, 1)
+			s.stream.Publish(s.model.frame(6, 1, 0, 1))
 			release()
 			s.got(a, "f 0", "f 2", "f 3", "f 5")
 			s.got(b, "f 1", "f 2", "f 4")
 			s.got(c)
+			if len(s.stream.turns) != 2 {
+				s.Errorf("%v", s.stream.turns)
+			}
+			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour}, keepAll)
+			if len(s.stream.turns) != 0 {
+				s.Errorf("turns of dropped frames are kept: %v", s.stream.turns)
+			}
+		},
+		"a frame that turns is for those who see it before and behind": func(s *scene) {
+			a, b := s.connect(unlimited), s.connect(unlimited)
+			s.follow(a, Start{View: topics(0b11)})
+			s.follow(b, Start{View: topics(0b10)})
+			f := s.model.frame(1, 0, 0)
+			f.Turn = flip(1)
+			g := s.model.frame(2, 1, 0)
+			g.Turn = flip(1)
+			s.stream.Publish(f, g, s.model.frame(3, 0, 0))
+			s.got(a, "f 1", "f 2")
+			s.got(b, "f 1")
+		},
+		"a session that a turn leaves without view is cut": func(s *scene) {
+			a := s.connect(unlimited)
+			s.follow(a, live)
+			f := s.model.frame(1, 1, 0)
+			f.Turn = blind{}
+			s.stream.Publish(f)
+			s.publish(0)
+			s.got(a, "overrun")
+			b := s.connect(0)
+			if err := b.Follow(s.stream, Start{View: topics(1)}); !errors.Is(err, ErrDropped) {
+				s.Error(err)
+			}
+		},
+		"views that pick the same share the bytes": func(s *scene) {
+			views := []topics{0b001, 0b101, 0b011, 0b111}
+			for _, v := range views {
+				s.follow(s.connect(unlimited), Start{View: v})
+			}
+			release := s.hold()
+			s.stream.Publish(s.model.frame(1, 0, 5), s.model.frame(2, 0, 5), s.model.frame(3, 1, 5))
+			spans, texts := 0, 0
+			s.core.workers[0].post(func() {
+				cache := s.core.workers[0].scratch.cache
+				s.core.workers[0].post(func() { spans, texts = len(cache.spans), len(cache.texts) })
+			})
+			release()
+			if spans != len(views) || texts != 2 {
+				s.Errorf("%d spans, %d texts", spans, texts)
+			}
+		},
+		"a session that lags catches up from the history, and sees what it saw then": func(s *scene) {
+			s.history(3)
+			a := s.connect(3)
+			s.follow(a, live)
+			s.publish(0)
+			synctest.Wait()
+			s.publish(0)
+			s.turn(1)
+			s.publish(0)
+			s.turn(1)
+			s.publish(0, 0)
+			if n := s.core.Stats().CatchingUp; n != 0 { // it waits for its socket
+				s.Errorf("%d sessions catch up", n)
+			}
+			a.peer.take(8)
+			synctest.Wait()
+			if n := s.core.Stats().CatchingUp; n != 1 || len(s.core.readers) != 0 {
+				s.Errorf("%d sessions catch up, %d read", n, len(s.core.readers))
+			}
+			a.peer.take(unlimited)
+			s.got(a, "f 0", "f 1", "f 2", "f 4", "f 5", "f 6")
+			time.Sleep(blockTime)
+			synctest.Wait()
+			if n := s.core.Stats(); n.CatchingUp != 0 || n.Overruns != 0 || s.stream.blocks.kept != nil {
+				s.Errorf("%+v, %d blocks", n, len(s.stream.blocks.kept))
+			}
+		},
+		"sessions that resume from the history share its blocks": func(s *scene) {
+			s.history(30)
+			for range 100 {
+				s.publish(0)
+			}
+			release := s.hold()
+			for i := range 50 {
+				a := s.connect(unlimited)
+				s.follow(a, Start{Seq: uint64(i % 5), Replayed: replayed})
+			}
+			release()
+			if s.model.reads > 8 { // 4, or some more as they start apart
+				s.Errorf("%d reads", s.model.reads)
+			}
+			if n := s.core.Stats().Deliveries; n != 50*98 {
+				s.Errorf("%d deliveries", n)
+			}
+		},
+		"a replay from the history ends where it began, however far the stream goes on": func(s *scene) {
+			s.history(3)
+			s.publish(0, 0, 0)
+			a := s.connect(0)
+			s.follow(a, Start{Replayed: replayed})
+			synctest.Wait()
+			s.publish(0, 0)
+			a.peer.take(unlimited)
+			s.got(a, "f 0", "f 1", "f 2", "replayed 3", "f 3", "f 4")
+		},
+		"a session that the history has dropped is cut": func(s *scene) {
+			s.history(3)
+			a, b := s.connect(3), s.connect(3)
+			s.follow(a, live)
+			s.follow(b, live)
+			s.publish(0, 0, 0)
+			synctest.Wait()
+			b.peer.take(1)
+			s.publish(0)
+			s.model.forgotten = 3
+			s.publish(0)
+			s.ended(a, true, errOverrun)
+			c := s.connect(unlimited)
+			if err := c.Follow(s.stream, Start{View: topics(1), Seq: 2}); !errors.Is(err, ErrDropped) {
+				s.Error(err)
+			}
 		},
 		"a session that starts to follow while parked goes on when it can": func(s *scene) {
 			a := s.connect(0)
@@ -199,7 +330,7 @@ func TestScenes(t *testing.T) {
 		"a message of Send comes before frames that are just being looked at": func(s *scene) {
 			a := s.connect(unlimited)
 			v := &watched{func() { a.Send(line("m 0")) }}
-			if err := a.Follow(s.stream, Start{View: v, GateOpen: true}); err != nil {
+			if err := a.Follow(s.stream, Start{View: v}); err != nil {
 				s.Error(err)
 			}
 			s.publish(0)
@@ -207,7 +338,7 @@ func TestScenes(t *testing.T) {
 		},
 		"a message of Send that meets a no-op is not lost": func(s *scene) {
 			a := s.connect(unlimited)
-			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour})
+			s.retain(Retention{Bytes: 1, Age: time.Hour})
 			s.follow(a, live)
 			during = func() { a.Send(line("m 0")) }
 			s.stream.Publish(s.model.frame(1, 1, 0))
@@ -215,7 +346,7 @@ func TestScenes(t *testing.T) {
 		},
 		"a no-op that meets Close does not come behind the last message": func(s *scene) {
 			a := s.connect(unlimited)
-			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour})
+			s.retain(Retention{Bytes: 1, Age: time.Hour})
 			s.follow(a, live)
 			during = func() { a.Close(closing) }
 			s.stream.Publish(s.model.frame(1, 1, 0))
@@ -223,7 +354,7 @@ func TestScenes(t *testing.T) {
 		},
 		"a no-op comes when an eighth of the retention was not let through": func(s *scene) {
 			a := s.connect(unlimited)
-			s.stream.Retain(Retention{Bytes: 8 * 3 * 140, Age: time.Hour})
+			s.retain(Retention{Bytes: 8 * 3 * 140, Age: time.Hour})
 			s.follow(a, live)
 			const pad = 140 - 128 - len("f 0 \n")
 			s.stream.Publish(s.model.frame(1, 0, pad), s.model.frame(2, 1, pad), s.model.frame(3, 1, pad))
@@ -237,7 +368,7 @@ func TestScenes(t *testing.T) {
 		},
 		"a no-op comes when an eighth of the time went by without a frame": func(s *scene) {
 			a := s.connect(unlimited)
-			s.stream.Retain(Retention{Bytes: 1 << 30, Age: 8 * time.Minute})
+			s.retain(Retention{Bytes: 1 << 30, Age: 8 * time.Minute})
 			s.follow(a, live)
 			for i := range 3 {
 				s.stream.Publish(s.model.frame(uint64(i+1), 1, 0))
@@ -246,24 +377,11 @@ func TestScenes(t *testing.T) {
 			}
 			s.got(a, "noop 2", "noop 3")
 		},
-		"a no-op never has a number of which frames are still to come": func(s *scene) {
-			a := s.connect(unlimited)
-			s.stream.Retain(Retention{Bytes: 8, Age: time.Hour})
-			s.follow(a, live)
-			var frames []*Frame
-			for range maxWindow {
-				frames = append(frames, s.model.frame(1, 1, 0))
-			}
-			s.stream.Retain(Retention{Bytes: 1 << 20, Age: time.Hour})
-			s.stream.idleBytes.Store(1)
-			s.stream.Publish(append(frames, s.model.frame(1, 0, 0))...)
-			s.got(a, "f 256")
-		},
 		"a session that fell behind between frames is told": func(s *scene) {
 			a := s.connect(unlimited)
 			s.follow(a, live)
 			release := s.hold()
-			s.stream.Retain(Retention{Bytes: 200, Age: time.Hour})
+			s.retain(Retention{Bytes: 200, Age: time.Hour})
 			s.publish(100, 100)
 			release()
 			s.got(a, "overrun")
@@ -276,8 +394,8 @@ func TestScenes(t *testing.T) {
 			s.follow(a, live)
 			s.publish(100)
 			synctest.Wait()
-			s.stream.Retain(Retention{Bytes: 200, Age: time.Hour})
-			s.publish(100)
+			s.retain(Retention{Bytes: 200, Age: time.Hour})
+			s.publish(100, 100)
 			s.ended(a, true, errOverrun)
 			if n := s.core.Stats().Overruns; n != 1 {
 				s.Errorf("%d overruns", n)
@@ -289,7 +407,7 @@ func TestScenes(t *testing.T) {
 			a.Send(line("m 0"))
 			synctest.Wait()
 			a.Close(closing)
-			s.stream.Retain(Retention{Bytes: 200, Age: time.Hour})
+			s.retain(Retention{Bytes: 200, Age: time.Hour})
 			s.publish(100, 100)
 			s.ended(a, false, nil)
 			a.peer.take(unlimited)
@@ -322,7 +440,7 @@ func TestScenes(t *testing.T) {
 		},
 		"no-ops do not widen the bound of Send": func(s *scene) {
 			a := s.connect(unlimited)
-			s.stream.Retain(Retention{Bytes: 1, Age: time.Hour})
+			s.retain(Retention{Bytes: 1, Age: time.Hour})
 			s.follow(a, live)
 			s.stream.Publish(s.model.frame(1, 1, 0))
 			synctest.Wait()
@@ -371,8 +489,8 @@ func TestScenes(t *testing.T) {
 				s.follow(a, live)
 			}
 			quiet, before := s.connect(unlimited), -1
-			stream := s.core.NewStream(0, keepAll)
-			if err := quiet.Follow(stream, Start{View: topics(1), GateOpen: true}); err != nil {
+			stream := s.core.NewStream(0, nil, keepAll, keepAll)
+			if err := quiet.Follow(stream, Start{View: topics(1)}); err != nil {
 				s.Error(err)
 			}
 			synctest.Wait()
@@ -481,24 +599,44 @@ func TestScenes(t *testing.T) {
 	}
 }
 
-// TestWritesOfAnySize cuts the writes of one run at every offset.
+// blind is a turn that nobody passes.
+type blind struct{}
+
+func (blind) Ahead(View) View { return nil }
+func (blind) Back(View) View  { return nil }
+
+// TestWritesOfAnySize cuts the writes of one run at every offset, live and from the history.
 func TestWritesOfAnySize(t *testing.T) {
-	for size := 1; size <= 60; size++ {
-		play(t, Options{}, func(s *scene) {
-			a := s.connect(0)
-			s.publish(3, 5)
-			s.gate(CloseGate, 1)
-			s.publish(8)
-			a.Send(line("m 0"))
-			s.follow(a, Start{Replayed: replayed})
-			s.publish(9)
-			s.gate(OpenGate, 1)
-			s.publish(0, 20)
-			for range 100/size + 1 {
-				a.peer.take(size)
-				synctest.Wait()
-			}
-			s.got(a, "m 0", "f 0", "f 1", "f 2", "replayed 4", "f 5", "f 6", "f 7")
-		})
+	for _, history := range []bool{false, true} {
+		for size := 1; size <= 60; size++ {
+			play(t, Options{}, func(s *scene) {
+				if history {
+					s.history(2)
+				}
+				a := s.connect(0)
+				s.publish(3, 5)
+				s.turn(1)
+				s.publish(8)
+				a.Send(line("m 0"))
+				view := topics(0)
+				if history { // where it starts
+					view = 1
+				}
+				s.follow(a, Start{View: view, Replayed: replayed})
+				f := s.model.frame(s.model.last()+1, 0, 9)
+				s.model.personal(f, 1, "mine", nil)
+				s.stream.Publish(f)
+				s.turn(1)
+				f = s.model.frame(s.model.last()+1, 0, 2)
+				s.model.personal(f, 1, "mine", nil)
+				s.stream.Publish(f, s.model.frame(f.Seq+1, 0, 0, 1))
+				s.publish(0, 20)
+				for range 140/size + 1 {
+					a.peer.take(size)
+					synctest.Wait()
+				}
+				s.got(a, "m 0", "f 0", "f 1", "f 2", "replayed 4", "f 5", "p 6 mine", "f 7", "f 8", "f 9")
+			})
+		}
 	}
 }

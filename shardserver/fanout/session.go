@@ -16,7 +16,7 @@ const (
 	maxUrgent = 4 << 20
 	// closeTimeout is how long a session has to take its last messages, and its peer to close.
 	closeTimeout = 2 * time.Second
-	// idleNoop is the share of a stream's retention after which a session that got nothing is sent a no-op.
+	// idleNoop is the share of what can be replayed after which a session that got nothing is sent a no-op.
 	idleNoop = 8
 	// maxWrites bounds the writes to a session before its worker looks after the others.
 	maxWrites = 8
@@ -30,6 +30,7 @@ var (
 	ErrFollowing = errors.New("fanout: session follows a stream already")
 
 	errOverrun = errors.New("fanout: session fell behind what the stream keeps")
+	errBehind  = errors.New("fanout: session is to go on from the history")
 	errUrgent  = errors.New("fanout: session does not take its messages")
 )
 
@@ -39,7 +40,10 @@ var (
 //   - one goroutine at a time writes to the socket: the worker's, or while the session is
 //     parked, the one that waits for the socket;
 //   - messages of Send go out whole, in order, between frames of the stream;
-//   - frames of the stream go out whole, in order, each admitted one once;
+//   - frames of the stream go out whole, in order, each that the view picks once;
+//   - the cursor is at a frame boundary: of a frame that was begun, rest is what is left;
+//   - view is that at the cursor, and seq the number of the last frame before it, from where the
+//     history goes on when the stream does not keep the frame at pos any more;
 //   - behind the message of Close nothing goes out.
 type Session struct {
 	core   *Core
@@ -56,18 +60,20 @@ type Session struct {
 	closing     bool // urgent ends with the last message
 	hangUp      bool // behind the last message the stream of bytes ends
 
-	// Owned by whoever writes. pos is atomic for those who measure the lag.
+	// Owned by whoever writes.
 	stream    *Stream // nil until the session follows one
 	owner     uint64
-	view      View
-	pos       atomic.Uint64 // cursor: position of the next frame
-	off       int           // bytes of the next admitted frame that are written already
-	gate      bool
-	insertAt  uint64 // where insert goes, and the end of the replay
-	insert    []byte
-	seq       uint64
-	skipped   int64 // cost of the frames passed since the last one written
-	writtenAt int64 // when that was, Unix milliseconds
+	view      View          // nil: it cannot go on
+	pos       uint64        // cursor: position of the next frame; 0: behind seq in the history
+	seq       atomic.Uint64 // read by the worker at any time
+	rest      []byte
+	insert    []byte // what ends the replay; nil: sent, or none
+	insertAt  uint64 // its position
+	insertSeq uint64 // the number it comes behind
+	block     *block // of the history, while reading
+	reading   bool   // the session is one of the core's readers
+	skipped   int64  // cost of the frames passed since the last one written
+	writtenAt int64  // when that was, Unix milliseconds
 
 	following atomic.Bool // Follow has been called
 
@@ -86,12 +92,12 @@ func (c *Core) NewSession(conn net.Conn, ended func(cause error)) *Session {
 
 // Start says where and how a session follows a stream.
 type Start struct {
+	// View is the session's at the stream's head.
 	View View
-	// Owner is whom addressed frames are for.
+	// Owner is whom personal frames are for; 0: nobody.
 	Owner uint64
-	// GateOpen is how the owner's gate stands at the stream's head. While it is closed, only addressed frames pass.
-	GateOpen bool
-	// Seq is the number to go on behind.
+	// Seq is the number to go on behind. Where the stream's window does not hold all behind it, the
+	// view there is that at the window's beginning: turns further back are the caller's concern.
 	Seq uint64
 	// Replayed makes the message that tells the session, with the number that the stream has now,
 	// that everything before it has been sent; nil: none.
@@ -99,7 +105,7 @@ type Start struct {
 }
 
 // Follow has the session receive the stream's frames behind number start.Seq. The caller keeps
-// others from publishing addressed frames to the owner meanwhile.
+// others from publishing what turns the session's view meanwhile.
 func (s *Session) Follow(stream *Stream, start Start) error {
 	if !s.following.CompareAndSwap(false, true) {
 		return ErrFollowing
@@ -107,12 +113,9 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 	stream.mu.RLock()
 	pos, ok := stream.seek(start.Seq)
 	head, last := stream.first+uint64(len(stream.frames)), stream.last
-	gate := start.GateOpen
-	if ok {
-		gate = stream.gateAt(pos, start.Owner, start.GateOpen)
-	}
+	view := stream.viewAt(max(pos, stream.first), start.Owner, start.View)
 	stream.mu.RUnlock()
-	if !ok {
+	if view == nil || start.Seq > last || !ok && stream.lacks(start.Seq) {
 		s.following.Store(false)
 		return ErrDropped
 	}
@@ -127,11 +130,8 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 		}
 	}
 	begin := func() {
-		s.stream, s.owner, s.view, s.gate = stream, start.Owner, start.View, gate
-		s.seq = start.Seq
-		if insert != nil {
-			s.insertAt, s.insert = head, insert
-		}
+		s.stream, s.owner, s.view, s.pos = stream, start.Owner, view, pos
+		s.insert, s.insertAt, s.insertSeq = insert, head, last
 		s.writtenAt = s.worker.clock.Load()
 	}
 	s.worker.post(func() {
@@ -140,7 +140,7 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 		}
 		s.follower, s.index = sub, len(sub.sessions)
 		sub.sessions = append(sub.sessions, s)
-		s.pos.Store(pos)
+		s.seq.Store(start.Seq)
 		if s.parked { // another goroutine writes, and must not see the stream come up
 			s.begin = begin
 			return
@@ -249,10 +249,7 @@ func (s *Session) overrun() bool {
 	if s.follower == nil || s.isClosing() {
 		return false
 	}
-	stream := s.follower.stream
-	stream.mu.RLock()
-	defer stream.mu.RUnlock()
-	return s.pos.Load() < stream.first
+	return s.follower.stream.lacks(s.seq.Load())
 }
 
 // cutOverrun ends a session that has fallen behind: with a message, if it stands between frames.
@@ -261,64 +258,90 @@ func (s *Session) cutOverrun() {
 		return
 	}
 	s.worker.overruns.Add(1)
-	if s.parked || s.off > 0 || s.core.overrun == nil {
+	if s.parked || len(s.rest) > 0 || s.core.overrun == nil {
 		s.End(errOverrun)
 		return
 	}
 	s.Close(s.core.overrun())
 }
 
-// chunk is the next bytes of a session.
+// chunk is the next bytes of a session: the rest of a frame, those of a span, or else messages of Send.
 type chunk struct {
 	bytes []byte
-	span  *span // nil: bytes are a message of its own
+	rest  bool
+	span  *span
 }
 
 // next finds what the session is to be sent. Whoever writes calls it, and advance with what
 // was written.
 func (s *Session) next(b *scratch) (chunk, error) {
-	if s.off == 0 {
-		if c, ok := s.nextUrgent(b); ok {
-			return c, nil
-		}
+	if len(s.rest) > 0 {
+		return chunk{bytes: s.rest, rest: true}, nil
+	}
+	if c, ok := s.nextUrgent(b); ok {
+		return c, nil
 	}
 	if s.stream == nil {
 		return chunk{}, nil
 	}
 	for {
-		if s.insert != nil && s.pos.Load() == s.insertAt && s.off == 0 {
+		if s.insertDue() {
 			wire := s.insert
 			s.insert = nil
 			return s.sendFirst(wire), nil
 		}
-		sp := b.find(s)
-		if sp == nil {
-			n, ok := s.stream.window(b.window[:], s.pos.Load())
-			if !ok {
-				return chunk{}, errOverrun
-			}
-			if n == 0 {
-				return chunk{}, nil
-			}
-			sp = b.build(n, s)
+		if s.view == nil {
+			return chunk{}, errOverrun
 		}
-		if len(sp.bytes) > 0 {
-			if s.off == 0 { // what was sent before the span's frames were published comes before them
-				if c, ok := s.nextUrgent(b); ok {
-					return c, nil
-				}
+		sp, err := b.span(s)
+		switch {
+		case err != nil:
+			return chunk{}, err
+		case sp == nil && s.insertDue():
+			continue
+		case sp == nil:
+			return chunk{}, nil
+		case len(sp.bytes) > 0:
+			// What was sent before the span's frames were published comes before them.
+			if c, ok := s.nextUrgent(b); ok {
+				return c, nil
 			}
 			return chunk{bytes: sp.bytes, span: sp}, nil
 		}
-		s.pos.Store(sp.to)
-		s.gate, s.seq = sp.gateEnd, sp.seq
-		s.skipped += sp.skipped
-		if sp.whole {
+		s.passed(sp, s.skipped+sp.skipped)
+		if sp.atHead {
 			if wire := s.idle(); wire != nil {
 				return s.sendFirst(wire), nil
 			}
 		}
 	}
+}
+
+// passed moves the cursor behind a span.
+func (s *Session) passed(sp *span, skipped int64) {
+	s.pos, s.view, s.skipped = sp.to, sp.behind, skipped
+	s.seq.Store(sp.seq)
+}
+
+// insertDue says whether the session has got all of its replay.
+func (s *Session) insertDue() bool { return s.insert != nil && s.pos >= s.insertAt }
+
+// older returns the frames behind the cursor that the block of the history has, as far as the stream
+// does not keep them and as they belong to the replay.
+func (s *Session) older() []*Frame {
+	frames := s.stream.upTo(s.block.behind(s.seq.Load()))
+	if s.insert == nil {
+		return frames
+	}
+	for i, f := range frames {
+		if f.Seq > s.insertSeq {
+			if i == 0 {
+				s.insertAt = 0 // now
+			}
+			return frames[:i]
+		}
+	}
+	return frames
 }
 
 // nextUrgent returns the messages of Send that come next, small ones together. It is empty, and ok,
@@ -372,7 +395,7 @@ func (s *Session) sendFirst(wire []byte) chunk {
 
 // replayEnd is where the session's replay ends, 0 when it is behind that.
 func (s *Session) replayEnd() uint64 {
-	if s.pos.Load() < s.insertAt {
+	if s.insert != nil && s.pos < s.insertAt {
 		return s.insertAt
 	}
 	return 0
@@ -381,11 +404,11 @@ func (s *Session) replayEnd() uint64 {
 // idle returns a no-op message when the session has been sent nothing for a good part of what the stream keeps.
 func (s *Session) idle() []byte {
 	now := s.worker.clock.Load()
-	if s.core.noop == nil || !s.gate || s.skipped < s.stream.idleBytes.Load() && now-s.writtenAt < s.stream.idleTime.Load() {
+	if s.core.noop == nil || s.skipped < s.stream.idleBytes.Load() && now-s.writtenAt < s.stream.idleTime.Load() {
 		return nil
 	}
 	s.skipped, s.writtenAt = 0, now
-	return s.core.noop(s.seq)
+	return s.core.noop(s.seq.Load())
 }
 
 // advance moves the cursor by n bytes of c.
@@ -393,7 +416,14 @@ func (s *Session) advance(c chunk, n int) {
 	w := s.worker
 	w.writes.Add(1)
 	w.bytes.Add(uint64(n))
-	if c.span == nil {
+	switch {
+	case c.rest:
+		if s.rest = s.rest[n:]; len(s.rest) == 0 {
+			s.rest = nil
+			w.deliveries.Add(1)
+		}
+		return
+	case c.span == nil:
 		s.mu.Lock()
 		s.passUrgent(n)
 		s.mu.Unlock()
@@ -403,23 +433,29 @@ func (s *Session) advance(c chunk, n int) {
 	s.writtenAt = w.clock.Load()
 	if n == len(sp.bytes) {
 		w.deliveries.Add(uint64(len(sp.marks)))
-		s.pos.Store(sp.to)
-		s.off, s.gate, s.seq = 0, sp.gateEnd, sp.seq
-		s.skipped = sp.skipped
+		s.passed(sp, sp.skipped)
 		return
 	}
-	written := 0
-	for written < len(sp.marks) && sp.marks[written].end <= n {
-		written++
+	begun := 0 // the frame that was written in part, or none of
+	for sp.marks[begun].end <= n {
+		begun++
 	}
-	if written == 0 {
-		s.off += n
-		return
+	w.deliveries.Add(uint64(begun))
+	start := 0
+	if begun > 0 {
+		start = sp.marks[begun-1].end
 	}
-	w.deliveries.Add(uint64(written))
-	m := sp.marks[written-1]
-	s.pos.Store(m.pos)
-	s.off, s.gate, s.skipped = n-m.end, m.gate, 0
+	m := sp.marks[begun]
+	if n > start {
+		s.rest = m.wire[n-start:]
+	} else {
+		m = sp.marks[begun-1]
+	}
+	s.pos, s.skipped = m.pos, 0
+	s.seq.Store(m.seq)
+	if m.seq == sp.seq { // it turned the view, or nothing did
+		s.view = sp.behind
+	}
 }
 
 // settle runs on the worker when there is nothing left to write.
@@ -433,10 +469,49 @@ func (s *Session) settle() {
 	}
 }
 
-// drain writes, waiting for the socket, until there is nothing left.
-func (s *Session) drain() (err error) {
+// drain writes, waiting for the socket and for the history, until there is nothing left.
+func (s *Session) drain() error {
+	err := s.wait()
+	if !errors.Is(err, errBehind) {
+		return err
+	}
+	blocks := &s.stream.blocks
+	s.worker.catchingUp.Add(1)
+	blocks.enter()
+	defer func() {
+		s.yield()
+		blocks.leave()
+		s.worker.catchingUp.Add(-1)
+	}()
+	for errors.Is(err, errBehind) {
+		s.yield()
+		s.core.readers <- struct{}{}
+		s.reading = true
+		if s.finished.Load() {
+			return net.ErrClosed
+		}
+		if s.block, err = blocks.read(s.seq.Load()); errors.Is(err, ErrDropped) {
+			return errOverrun
+		}
+		if err == nil {
+			err = s.wait()
+		}
+	}
+	return err
+}
+
+// yield lets others read the history: a session that waits for its socket holds on to nothing of it.
+func (s *Session) yield() {
+	if s.reading {
+		s.block, s.reading = nil, false
+		<-s.core.readers
+	}
+}
+
+// wait writes, waiting for the socket, until there is nothing left or errBehind.
+func (s *Session) wait() (err error) {
 	if s.socket.raw == nil {
-		return s.drainBlocking()
+		return s.waitBlocking()
 	}
 	waitErr := s.socket.raw.Write(func(fd uintptr) (done bool) {
 		b := scratches.Get().(*scratch) // not kept while the socket is waited for
@@ -455,6 +530,7 @@ func (s *Session) drain() (err error) {
 				return true
 			}
 			if again {
+				s.yield()
 				return false
 			}
 		}
@@ -465,7 +541,7 @@ func (s *Session) drain() (err error) {
 	return err
 }
 
-func (s *Session) drainBlocking() error {
+func (s *Session) waitBlocking() error {
 	b := scratches.Get().(*scratch)
 	defer b.release()
 	for {
@@ -473,8 +549,11 @@ func (s *Session) drainBlocking() error {
 		if err != nil || len(c.bytes) == 0 {
 			return err
 		}
+		s.yield()
 		n, err := s.socket.conn.Write(c.bytes)
-		s.advance(c, n)
+		if n > 0 {
+			s.advance(c, n)
+		}
 		if err != nil {
 			return err
 		}

@@ -61,8 +61,13 @@ func TestSocketsGetWhatTheModelSays(t *testing.T) {
 // publishToSockets publishes to a stream of its own while sessions come and go. Those that see
 // the last frame are closed, and have then got everything.
 func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
-	m := &model{gates: map[uint64]bool{1: true}}
-	stream := core.NewStream(0, keepAll)
+	m := &model{block: 50}
+	var stream *Stream
+	if random.IntN(2) == 0 {
+		stream = core.NewStream(0, nil, keepAll, keepAll)
+	} else {
+		stream = core.NewStream(0, m, Retention{Bytes: 20 << 10, Age: time.Hour}, keepAll)
+	}
 	last := []byte("the end\n")
 	clients := make([]*client, 6)
 	got := make([][]byte, len(clients)) // of each client, once its reader has returned
@@ -93,7 +98,7 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 		})
 	}
 	follow := func(c *client) {
-		start := Start{View: c.view, Owner: 1, GateOpen: true, Seq: random.Uint64N(m.last() + 1), Replayed: replayed}
+		start := Start{View: c.view, Owner: 1, Seq: random.Uint64N(m.last() + 1), Replayed: replayed}
 		if err := c.session.Follow(stream, start); err != nil {
 			t.Error(err)
 		}
@@ -108,13 +113,17 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 	for step := range 60 {
 		var frames []*Frame
 		for range 1 + random.IntN(8) {
-			f := m.frame(m.last()+1, random.IntN(2), random.IntN(3000))
+			var only []uint64
 			if random.IntN(10) == 0 {
-				f.Only = []uint64{1}
+				only = []uint64{1}
+			}
+			f := m.frame(m.last()+1, random.IntN(2), random.IntN(3000), only...)
+			if only == nil && random.IntN(10) == 0 {
+				m.personal(f, 1, "instead", nil)
 			}
 			frames = append(frames, f)
 		}
-		stream.Publish(frames...)
+		m.publish(stream, frames...)
 		c := clients[random.IntN(len(clients))]
 		send(c)
 		if !c.follows && random.IntN(3) == 0 {
@@ -131,8 +140,8 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 		c.closed = true
 	}
 	f := m.frame(m.last()+1, 0, 0, 1)
-	f.Wire = append(f.Wire[:len(f.Wire)-1], last...)
-	stream.Publish(f)
+	f.Personal[0].Wire = append(f.Personal[0].Wire[:len(f.Personal[0].Wire)-1], last...)
+	m.publish(stream, f)
 	readers.Wait()
 	for i, c := range clients {
 		if _, err := c.check(m, got[i], c != gone); err != nil {
@@ -144,14 +153,15 @@ func publishToSockets(t *testing.T, core *Core, random *rand.Rand) {
 // audience is sessions on real sockets whose peers throw away what they get.
 func audience(t testing.TB, n, workers int) (*Core, *Stream) {
 	core := New(Options{Workers: workers})
-	stream := core.NewStream(0, Retention{Bytes: 4 << 20, Age: time.Hour})
+	keep := Retention{Bytes: 4 << 20, Age: time.Hour}
+	stream := core.NewStream(0, nil, keep, keep)
 	var peers sync.WaitGroup
 	var sessions []*Session
 	for range n {
 		ours, peer := dial(t, "tcp", 0)
 		s := core.NewSession(ours, ignore)
 		sessions = append(sessions, s)
-		if err := s.Follow(stream, Start{View: topics(1), Owner: 1, GateOpen: true}); err != nil {
+		if err := s.Follow(stream, Start{View: topics(1), Owner: 1}); err != nil {
 			t.Fatal(err)
 		}
 		peers.Go(func() {

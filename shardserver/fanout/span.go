@@ -5,140 +5,373 @@ import (
 	"sync"
 )
 
-// span is the bytes that a session with a certain view is sent from one position to another.
-type span struct {
+const (
+	// maxSpan bounds the bytes of one write. A session further behind takes several.
+	maxSpan = 64 << 10
+	// maxWindow bounds the frames of one write.
+	maxWindow = 256
+	// maxCached bounds the bytes that a worker keeps of spans that it has built.
+	maxCached = 4 << 20
+	// maxIndex bounds the entries that an index keeps room for.
+	maxIndex = 1024
+)
+
+// window is frames of a stream from a position on, as they were when it was made.
+type window struct {
 	stream *Stream
+	from   uint64 // 0: they are from the history
+	frames []*Frame
+	owners []uint64 // who have something personal in them, sorted
+}
+
+// fill takes over the frames.
+func (w *window) fill(stream *Stream, from uint64, frames []*Frame) {
+	w.stream, w.from = stream, from
+	w.frames, w.owners = append(w.frames[:0], frames...), w.owners[:0]
+	for _, f := range frames {
+		for i := range f.Personal {
+			w.owners = append(w.owners, f.Personal[i].Owner)
+		}
+	}
+	slices.Sort(w.owners)
+	w.owners = slices.Compact(w.owners)
+}
+
+// personal tells whether some of the frames are not for the owner as for others.
+func (w *window) personal(owner uint64) bool {
+	if len(w.owners) == 0 {
+		return false
+	}
+	_, found := slices.BinarySearch(w.owners, owner)
+	return found
+}
+
+// span is what a session with a certain view is sent of a window. It ends where the view turns.
+type span struct {
+	window *window
 	view   View
-	from   uint64
-	gate   bool   // the gate at from
 	until  uint64 // where the replay ends that it is part of, 0: none
 
-	to      uint64 // position behind the last frame looked at
-	bytes   []byte
-	marks   []mark // of the frames in bytes
-	skipped int64  // cost of the frames behind the last mark, which the view did not admit
+	*text
+	to      uint64 // position behind the last frame looked at; 0 in the history
 	seq     uint64 // number of the last frame looked at
-	gateEnd bool
-	whole   bool     // it ended where the stream ended, so not between frames of one number
-	private bool     // some frames are addressed to the session's owner: it is good for nobody else
-	others  []uint64 // owners that other frames are addressed to: it is not good for them
+	behind  View   // the view there
+	skipped int64  // cost of the frames behind the last mark, which the view did not pick
+	atHead  bool   // it ended where the stream ended
 }
 
-// mark is the end of a frame within a span.
+// text is the bytes of a span. Spans of different views share it where the views pick the same.
+//
+// Invariant: the bytes of one frame are the frame's own; only those of several are copied.
+type text struct {
+	bytes  []byte
+	marks  []mark // of the frames in bytes
+	copied []byte // what bytes are, unless they are a frame's
+	next   *text  // of the same hash
+}
+
+// mark is the end of a frame within a text.
 type mark struct {
-	end  int    // offset in span.bytes
-	pos  uint64 // position behind the frame
-	gate bool   // the gate behind the frame
+	end  int    // offset in bytes
+	pos  uint64 // position behind the frame; 0 in the history
+	seq  uint64 // its number
+	wire []byte
 }
 
-// build fills the span for a session that stands at from. Of a frame that is written in part
-// it is just the rest, since messages of Send may come next.
-func (sp *span) build(frames []*Frame, s *Session) {
-	sp.stream, sp.view, sp.from, sp.gate, sp.until = s.stream, s.view, s.pos.Load(), s.gate, s.replayEnd()
-	if cap(sp.bytes) > 2*maxSpan { // of a frame beyond all bounds
-		sp.bytes = nil
-	}
-	sp.bytes, sp.marks, sp.others = sp.bytes[:0], sp.marks[:0], sp.others[:0]
-	sp.skipped, sp.private = 0, false
-	gate, pos := s.gate, sp.from
-	for _, f := range frames {
-		if sp.until > 0 && pos == sp.until || len(sp.bytes) > 0 && (s.off > 0 || len(sp.bytes)+len(f.Wire) > maxSpan) {
+// look goes through the window for a session: it appends marks for what the session is sent, and sets
+// where that ends.
+func (sp *span) look(marks []mark, w *window, view View, owner, until uint64) []mark {
+	sp.window, sp.view, sp.until = w, view, until
+	sp.behind, sp.to, sp.skipped = view, w.from, 0
+	end, looked := 0, 0
+	for _, f := range w.frames {
+		if until > 0 && sp.to == until || sp.behind != view {
 			break
 		}
-		pos++
-		sp.seq = f.Seq
-		admitted := false
-		switch {
-		case sp.until > 0 && f.Volatile:
-		case f.Only == nil:
-			admitted = gate && s.view.Admits(f)
-		case f.addressedTo(s.owner):
-			admitted, sp.private = true, true
-		default:
-			sp.others = append(sp.others, f.Only...)
+		var p *Personal
+		if owner != 0 && len(f.Personal) > 0 {
+			p = f.personal(owner)
 		}
-		if !admitted {
+		var wire []byte
+		behind := view
+		if !(until > 0 && f.Volatile) {
+			wire, behind = f.show(view, p)
+		}
+		if end > 0 && end+len(wire) > maxSpan {
+			break
+		}
+		looked++
+		if w.from > 0 {
+			sp.to++
+		}
+		sp.seq, sp.behind = f.Seq, behind
+		if len(wire) == 0 {
 			sp.skipped += frameCost(f)
 			continue
 		}
-		switch f.Gate {
-		case OpenGate:
-			gate = true
-		case CloseGate:
-			gate = false
-		}
-		wire := f.Wire
-		if len(sp.marks) == 0 {
-			wire = wire[s.off:]
-		}
-		sp.bytes = append(sp.bytes, wire...)
-		sp.marks = append(sp.marks, mark{end: len(sp.bytes), pos: pos, gate: gate})
+		end += len(wire)
+		marks = append(marks, mark{end: end, pos: sp.to, seq: f.Seq, wire: wire})
 		sp.skipped = 0
 	}
-	sp.to, sp.gateEnd = pos, gate
-	sp.whole = len(frames) < maxWindow && pos == sp.from+uint64(len(frames))
+	sp.atHead = w.from > 0 && looked == len(w.frames) && looked < maxWindow
+	return marks
 }
 
-// suits tells whether the span is what the session, at a frame boundary, is to be sent.
-func (sp *span) suits(s *Session) bool {
-	return sp.from == s.pos.Load() && sp.stream == s.stream && sp.view == s.view && sp.gate == s.gate &&
-		sp.until == s.replayEnd() && !slices.Contains(sp.others, s.owner)
+// write makes the text of these marks.
+func (t *text) write(marks []mark) {
+	t.marks = append(t.marks[:0], marks...)
+	t.bytes, t.copied = nil, t.copied[:0]
+	switch len(marks) {
+	case 0:
+	case 1:
+		t.bytes = marks[0].wire
+	default:
+		for i := range marks {
+			t.copied = append(t.copied, marks[i].wire...)
+		}
+		t.bytes = t.copied
+	}
 }
 
-// scratch is what spans are built with. A worker keeps those of a pass, for the sessions that they suit.
+// is tells whether the text has these marks: the same messages of the same frames.
+func (t *text) is(marks []mark) bool {
+	return slices.EqualFunc(t.marks, marks, func(a, b mark) bool { return a.pos == b.pos && same(a.wire, b.wire) })
+}
+
+func hash(marks []mark) uint64 {
+	h := uint64(14695981039346656037)
+	for i := range marks {
+		h = (h ^ marks[i].pos) * 1099511628211
+		h = (h ^ uint64(len(marks[i].wire))) * 1099511628211
+	}
+	return h
+}
+
+type windowKey struct {
+	stream *Stream
+	from   uint64
+}
+
+type spanKey struct {
+	window *window
+	view   View
+	until  uint64
+}
+
+// cache is the windows, spans and texts that a worker has built, for the sessions that they suit.
+//
+// Invariant: what is in the cache was right when it was made and stays so, as frames do not
+// change; it only does not have what was published later. So it is emptied before each turn of
+// the worker, but where the next turn goes on with the same stream at the same head.
+type cache struct {
+	stream  *Stream // of the turn
+	head    uint64
+	size    int // bytes
+	last    *span
+	windows map[windowKey]*window
+	spans   map[spanKey]*span
+	texts   map[uint64]*text
+
+	pool struct {
+		windows pool[window]
+		spans   pool[span]
+		texts   pool[text]
+	}
+}
+
+func newCache() *cache {
+	return &cache{windows: map[windowKey]*window{}, spans: map[spanKey]*span{}, texts: map[uint64]*text{}}
+}
+
+// pool hands out objects that are all given back at once.
+type pool[T any] struct {
+	all  []*T
+	used int
+}
+
+func (p *pool[T]) get() *T {
+	if p.used == len(p.all) {
+		p.all = append(p.all, new(T))
+	}
+	p.used++
+	return p.all[p.used-1]
+}
+
+// begin prepares for a turn that serves a stream, or none.
+func (c *cache) begin(stream *Stream) {
+	var head uint64
+	if stream != nil {
+		head = stream.end()
+	}
+	if stream == nil || stream != c.stream || head != c.head {
+		c.reset()
+	}
+	c.stream, c.head = stream, head
+}
+
+// reset empties the cache: it holds on to no stream and no frame.
+func (c *cache) reset() {
+	c.stream, c.last = nil, nil
+	if len(c.windows) == 0 {
+		return
+	}
+	windows, spans, texts := &c.pool.windows, &c.pool.spans, &c.pool.texts
+	for _, w := range windows.all[:windows.used] {
+		w.stream = nil
+		clear(w.frames)
+	}
+	for _, sp := range spans.all[:spans.used] {
+		*sp = span{}
+	}
+	room := 0
+	for _, t := range texts.all[:texts.used] {
+		clear(t.marks)
+		t.bytes, t.next = nil, nil
+		if room += cap(t.copied); room > 2*maxCached { // otherwise each text would grow to the largest there ever was
+			t.copied = nil
+		}
+	}
+	windows.used, spans.used, texts.used = 0, 0, 0
+	c.windows, c.spans, c.texts = emptied(c.windows), emptied(c.spans), emptied(c.texts)
+	c.size = 0
+}
+
+// emptied is the map without entries: another one if it has grown large, as clearing takes as long as it is large.
+func emptied[K comparable, V any](m map[K]V) map[K]V {
+	if len(m) > maxIndex {
+		return map[K]V{}
+	}
+	clear(m)
+	return m
+}
+
+// find returns the span for a session, or nil.
+func (c *cache) find(s *Session) *span {
+	if s.stream == c.stream && s.pos >= c.head { // the most have come this far
+		return nil
+	}
+	until := s.replayEnd()
+	if sp := c.last; sp != nil && sp.view == s.view && sp.until == until && sp.window.from == s.pos && sp.window.stream == s.stream {
+		if sp.window.personal(s.owner) {
+			return nil
+		}
+		return sp
+	}
+	w := c.windows[windowKey{s.stream, s.pos}]
+	if w == nil || w.personal(s.owner) {
+		return nil
+	}
+	sp := c.spans[spanKey{w, s.view, until}]
+	if sp != nil {
+		c.last = sp
+	}
+	return sp
+}
+
+// window returns the window from the session's position on, with these frames if it is new.
+func (c *cache) window(stream *Stream, from uint64, frames []*Frame) *window {
+	key := windowKey{stream, from}
+	w := c.windows[key]
+	if w == nil {
+		w = c.pool.windows.get()
+		w.fill(stream, from, frames)
+		c.windows[key] = w
+		c.size += 8*len(frames) + 8*len(w.owners) + 256
+	}
+	return w
+}
+
+// text returns the text of these marks.
+func (c *cache) text(marks []mark) *text {
+	h := hash(marks)
+	for t := c.texts[h]; t != nil; t = t.next {
+		if t.is(marks) {
+			return t
+		}
+	}
+	t := c.pool.texts.get()
+	t.write(marks)
+	t.next = c.texts[h]
+	c.texts[h] = t
+	c.size += len(t.copied) + 48*len(marks) + 256
+	return t
+}
+
+// scratch is what spans are built with.
 type scratch struct {
-	keep   int // how many spans it keeps
-	spans  []*span
-	used   int
-	own    span // for a session that no other one can share with
-	window [maxWindow]*Frame
+	cache  *cache // a worker's; nil: spans are for one session
+	frames [maxWindow]*Frame
+	marks  []mark
+	own    struct { // for a session that no other one can share with
+		window window
+		span   span
+		text   text
+	}
 	joined []byte // messages of Send
 }
 
-// scratches are those of the goroutines that wait for a socket: they keep no span.
+// scratches are those of the goroutines that write to a session.
 var scratches = sync.Pool{New: func() any { return new(scratch) }}
 
 // release gives a scratch of scratches back.
 func (b *scratch) release() {
-	b.own.stream, b.own.view = nil, nil
-	clear(b.window[:])
+	b.forget()
 	scratches.Put(b)
 }
 
-// reset begins a pass.
-func (b *scratch) reset() {
-	for _, sp := range b.spans[:b.used] {
-		sp.stream, sp.view = nil, nil // a stream that is closed is not held on to
-	}
-	b.used = 0
+// forget lets go of streams and frames.
+func (b *scratch) forget() {
+	clear(b.frames[:])
+	clear(b.marks[:cap(b.marks)])
+	clear(b.own.text.marks)
+	b.own.window, b.own.span, b.own.text.bytes = window{}, span{}, nil
 }
 
-// find returns the span of this pass that suits the session, or nil.
-func (b *scratch) find(s *Session) *span {
-	if s.off > 0 {
-		return nil
-	}
-	for _, sp := range b.spans[:b.used] {
-		if sp.suits(s) {
-			return sp
+// span returns what the session is to be sent next: nil if there is nothing, errBehind if the
+// history has to be read first.
+func (b *scratch) span(s *Session) (*span, error) {
+	c := b.cache
+	if c != nil {
+		if sp := c.find(s); sp != nil {
+			return sp, nil
 		}
 	}
-	return nil
-}
-
-// build makes a span of the first n frames of the window.
-func (b *scratch) build(n int, s *Session) *span {
-	if s.off > 0 || b.used == b.keep {
-		b.own.build(b.window[:n], s)
-		return &b.own
+	n, at, ok := s.stream.window(b.frames[:], s.pos, s.seq.Load())
+	switch {
+	case ok:
+	case s.stream.blocks.history == nil:
+		return nil, errOverrun
+	default:
+		if n = copy(b.frames[:], s.older()); n == 0 {
+			return nil, errBehind
+		}
 	}
-	if b.used == len(b.spans) {
-		b.spans = append(b.spans, &span{})
+	s.pos = at
+	if n == 0 || s.insertDue() {
+		return nil, nil
 	}
-	sp := b.spans[b.used]
-	sp.build(b.window[:n], s)
-	if !sp.private {
-		b.used++
+	if c != nil && at > 0 {
+		if c.size > maxCached {
+			c.reset()
+		}
+		if w := c.window(s.stream, at, b.frames[:n]); !w.personal(s.owner) {
+			key := spanKey{w, s.view, s.replayEnd()}
+			sp := c.spans[key]
+			if sp == nil {
+				sp = c.pool.spans.get()
+				b.marks = sp.look(b.marks[:0], w, s.view, 0, key.until)
+				sp.text = c.text(b.marks)
+				c.spans[key] = sp
+				c.size += 256
+			}
+			c.last = sp
+			return sp, nil
+		}
 	}
-	return sp
+	own := &b.own
+	own.window = window{stream: s.stream, from: at, frames: b.frames[:n]}
+	b.marks = own.span.look(b.marks[:0], &own.window, s.view, s.owner, s.replayEnd())
+	own.text.write(b.marks)
+	own.span.text = &own.text
+	return &own.span, nil
 }

@@ -1,69 +1,30 @@
 package fanout
 
 import (
-	"slices"
 	"sort"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// Frame is one message of a stream, encoded once, as it goes over the socket.
-// A Frame must not be changed once it is published.
-type Frame struct {
-	// Seq is the message's number. Along a stream numbers never fall; frames that share one
-	// were made from the same record.
-	Seq uint64
-	// Wire is the message as a complete frame of the socket's protocol.
-	Wire []byte
-	// Tag is what views decide by.
-	Tag any
-	// Only limits the frame to sessions of these owners, whatever their view; nil: all.
-	Only []uint64
-	// Gate opens or closes the gate of the sessions that an addressed frame (Only) goes to,
-	// right behind the frame.
-	Gate Gate
-	// Volatile frames are for sessions that are there now: a replay leaves them out.
-	Volatile bool
-}
-
-// Gate is what a frame does to the gate of the sessions that it is addressed to.
-type Gate uint8
-
-// Gates.
-const (
-	LeaveGate Gate = iota
-	OpenGate
-	CloseGate
-)
-
-func (f *Frame) addressedTo(owner uint64) bool {
-	return slices.Contains(f.Only, owner)
-}
-
-// View decides which frames a session receives. Sessions with the same View, compared with ==,
-// share the work of building what they are sent, so views should be interned.
-type View interface {
-	Admits(*Frame) bool
-}
-
-// Retention bounds what a stream keeps for replay and for slow sessions: the oldest frames
-// go when either bound is passed.
+// Retention bounds what is kept: the oldest goes when either bound is passed.
 type Retention struct {
 	Bytes int64
 	Age   time.Duration
 }
 
-// Stream is the frames of one guild, in order, and the sessions that follow it.
+// Stream is the frames of one guild, in order, and the sessions that follow it. It keeps the
+// newest of them, its window; what is older its history makes anew.
 //
-// Invariants, with position meaning a frame's place in the stream, from 0:
+// Invariants, with position meaning a frame's place in the stream, from 1:
 //   - frames[i] is the frame at position first+i; there is no hole;
-//   - a session's cursor is the position of the next frame that it has not been sent in full,
-//     and the cursor never goes back;
-//   - a session whose cursor is below first has been overrun and is closed.
+//   - every frame with a number above lost, and no other but volatile ones, is in frames;
+//   - turns has the positions in frames of those that turn views, by the owner whose views they
+//     turn, 0 for all sessions; ascending, and no empty list.
 type Stream struct {
-	core *Core
-	subs []*follower // one per worker
+	core   *Core
+	subs   []*follower // one per worker
+	blocks blocks
 
 	// A no-op is due when a view let nothing of so many bytes through, or nothing for so many milliseconds.
 	idleBytes, idleTime atomic.Int64
@@ -76,20 +37,24 @@ type Stream struct {
 	bytes     int64
 	lost      uint64 // number of the newest frame that was dropped
 	last      uint64 // number of the newest frame
+	turns     map[uint64][]uint64
 }
 
-// NewStream makes a stream whose last number is seq: sessions may start there.
-func (c *Core) NewStream(seq uint64, r Retention) *Stream {
-	s := &Stream{core: c, lost: seq, last: seq}
-	s.Retain(r)
+// NewStream makes a stream whose last number is seq: sessions may start there, and behind as far
+// as the history goes, which may be nil. window is for the frames that the stream keeps, whole for all that
+// can be replayed, which only says when a session needs a no-op.
+func (c *Core) NewStream(seq uint64, h History, window, whole Retention) *Stream {
+	s := &Stream{core: c, lost: seq, last: seq, first: 1, turns: map[uint64][]uint64{}}
+	s.blocks.history = h
+	s.Retain(window, whole)
 	for _, w := range c.workers {
 		s.subs = append(s.subs, &follower{stream: s, worker: w})
 	}
 	return s
 }
 
-// Publish appends frames and has them sent. It does not wait for any session. The frames of one
-// number are published together, but for volatile ones.
+// Publish appends frames and has them sent. It does not wait for any session. The frames that
+// were made from one record are published together.
 func (s *Stream) Publish(frames ...*Frame) {
 	if len(frames) == 0 {
 		return
@@ -97,6 +62,7 @@ func (s *Stream) Publish(frames ...*Frame) {
 	now := s.core.now().UnixMilli()
 	s.mu.Lock()
 	for _, f := range frames {
+		eachTurned(f, func(owner uint64) { s.turns[owner] = append(s.turns[owner], s.first+uint64(len(s.frames))) })
 		s.frames = append(s.frames, f)
 		s.times = append(s.times, now)
 		s.bytes += frameCost(f)
@@ -109,13 +75,13 @@ func (s *Stream) Publish(frames ...*Frame) {
 	}
 }
 
-// Retain sets the retention.
-func (s *Stream) Retain(r Retention) {
+// Retain sets the retentions of NewStream.
+func (s *Stream) Retain(window, whole Retention) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.retention = r
-	s.idleBytes.Store(r.Bytes / idleNoop)
-	s.idleTime.Store(r.Age.Milliseconds() / idleNoop)
+	s.retention = window
+	s.idleBytes.Store(whole.Bytes / idleNoop)
+	s.idleTime.Store(whole.Age.Milliseconds() / idleNoop)
 	s.drop(s.core.now().UnixMilli())
 }
 
@@ -130,59 +96,115 @@ func (s *Stream) Close(wire []byte) {
 	}
 }
 
-// frameCost is what a frame counts for retention, with its index entry and header.
-func frameCost(f *Frame) int64 { return int64(len(f.Wire)+8*len(f.Only)) + 128 }
+// eachTurned calls a function with those whose views the frame turns: 0 for all, owners by themselves.
+func eachTurned(f *Frame, do func(owner uint64)) {
+	if f.Turn != nil {
+		do(0)
+	}
+	for i := range f.Personal {
+		if f.Personal[i].Turn != nil {
+			do(f.Personal[i].Owner)
+		}
+	}
+}
 
 // drop forgets the oldest frames beyond the retention; the newest one stays. s.mu is held.
 func (s *Stream) drop(now int64) {
 	oldest := now - s.retention.Age.Milliseconds()
 	n := 0
 	for n < len(s.frames)-1 && (s.bytes > s.retention.Bytes || s.times[n] < oldest) {
-		s.bytes -= frameCost(s.frames[n])
-		s.lost = s.frames[n].Seq
+		f := s.frames[n]
+		eachTurned(f, func(owner uint64) {
+			if s.turns[owner] = s.turns[owner][1:]; len(s.turns[owner]) == 0 {
+				delete(s.turns, owner)
+			}
+		})
+		s.bytes -= frameCost(f)
+		s.lost = f.Seq
 		s.frames[n] = nil // the array behind the slice lives on
 		n++
 	}
 	s.frames, s.times, s.first = s.frames[n:], s.times[n:], s.first+uint64(n)
 }
 
-// Head is the stream's end: the position of the next frame and the number of the last one.
-func (s *Stream) Head() (pos, seq uint64) {
+// Holds says whether the window has every frame with a number above seq.
+func (s *Stream) Holds(seq uint64) bool {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.first + uint64(len(s.frames)), s.last
+	return seq >= s.lost
 }
 
-// seek finds the position behind number seq. It fails when a frame with a larger number has
-// been dropped, or seq has not been reached yet. s.mu is held.
+// lacks says whether neither the window nor the history has every frame with a number above seq.
+func (s *Stream) lacks(seq uint64) bool {
+	h := s.blocks.history
+	return !s.Holds(seq) && (h == nil || !h.Kept(seq))
+}
+
+// seek finds the position behind number seq, if all frames from there on are kept. s.mu is held.
 func (s *Stream) seek(seq uint64) (pos uint64, ok bool) {
-	if seq < s.lost || seq > s.last {
+	if seq < s.lost {
 		return 0, false
 	}
 	i := sort.Search(len(s.frames), func(i int) bool { return s.frames[i].Seq > seq })
 	return s.first + uint64(i), true
 }
 
-// window copies up to len(dst) frames from position pos on. ok is false when pos has been dropped.
-func (s *Stream) window(dst []*Frame, pos uint64) (n int, ok bool) {
+// window copies up to len(dst) frames from position pos on, or where that has been dropped,
+// from behind number seq. at is their position; not ok: the history has to be asked.
+func (s *Stream) window(dst []*Frame, pos, seq uint64) (n int, at uint64, ok bool) {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	if pos < s.first {
-		return 0, false
+		if pos, ok = s.seek(seq); !ok {
+			return 0, 0, false
+		}
 	}
 	if i := pos - s.first; i < uint64(len(s.frames)) {
 		n = copy(dst, s.frames[i:])
 	}
-	return n, true
+	return n, pos, true
 }
 
-// gateAt tells whether the owner's gate was open at position pos, given that it is open at the
-// head now: the first frame on the way that turned it tells how it stood before. s.mu is held.
-func (s *Stream) gateAt(pos uint64, owner uint64, open bool) bool {
-	for _, f := range s.frames[pos-s.first:] {
-		if f.Gate != LeaveGate && f.addressedTo(owner) {
-			return f.Gate == CloseGate
-		}
+// upTo cuts off the frames of a block that the window has, or will have when they are published.
+func (s *Stream) upTo(frames []*Frame) []*Frame {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return frames[:sort.Search(len(frames), func(i int) bool { return frames[i].Seq > s.lost })]
+}
+
+// end is the position behind the newest frame.
+func (s *Stream) end() uint64 {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.first + uint64(len(s.frames))
+}
+
+// viewAt is the view before position pos of an owner's session that has view v at the head:
+// it goes back over the turns in between. nil: none can be replayed to. s.mu is held.
+func (s *Stream) viewAt(pos, owner uint64, v View) View {
+	all, own := s.turns[0], s.turns[owner]
+	if owner == 0 {
+		own = nil
 	}
-	return open
+	for v != nil {
+		var at uint64 // the newest of both
+		if n := len(all); n > 0 {
+			at = all[n-1]
+		}
+		if n := len(own); n > 0 {
+			at = max(at, own[n-1])
+		}
+		if at < pos || at == 0 {
+			break
+		}
+		if n := len(all); n > 0 && all[n-1] == at {
+			all = all[:n-1]
+		}
+		if n := len(own); n > 0 && own[n-1] == at {
+			own = own[:n-1]
+		}
+		f := s.frames[at-s.first]
+		v = f.turn(f.personal(owner)).Back(v)
+	}
+	return v
 }

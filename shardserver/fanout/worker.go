@@ -10,12 +10,6 @@ import (
 const (
 	// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
 	quantum = 512
-	// maxSpan bounds the bytes of one write. A session further behind takes several.
-	maxSpan = 64 << 10
-	// maxWindow bounds the frames of one write.
-	maxWindow = 256
-	// maxCached bounds the spans that a pass keeps for reuse.
-	maxCached = 64
 )
 
 // follower is a stream's sessions on one worker.
@@ -46,7 +40,7 @@ type worker struct {
 	attempt *attempt
 
 	deliveries, writes, bytes, overruns atomic.Uint64
-	parked                              atomic.Int64
+	parked, catchingUp                  atomic.Int64
 	clock                               atomic.Int64 // Unix milliseconds at the start of the present turn
 }
 
@@ -112,7 +106,11 @@ func (w *worker) run() {
 		for _, f := range posted {
 			f()
 		}
-		w.scratch.reset()
+		var stream *Stream
+		if round != nil {
+			stream = round.stream
+		}
+		w.scratch.cache.begin(stream)
 		for _, s := range ready {
 			s.scheduled.Store(false)
 			w.flush(s)
@@ -122,6 +120,8 @@ func (w *worker) run() {
 			continue
 		}
 		if len(posted) == 0 && len(ready) == 0 {
+			w.scratch.cache.reset()
+			w.scratch.forget()
 			select {
 			case <-w.signal:
 			case <-w.core.stopped:
@@ -133,7 +133,6 @@ func (w *worker) run() {
 
 // serve gives the follower's sessions one quantum, and queues it again behind the others while there is more to do.
 func (w *worker) serve(f *follower) {
-	w.scratch.reset()
 	for range quantum {
 		if f.next >= len(f.sessions) {
 			break
@@ -167,6 +166,10 @@ func (w *worker) flush(s *Session) {
 	}
 	for range maxWrites {
 		c, err := s.next(&w.scratch)
+		if errors.Is(err, errBehind) {
+			w.park(s)
+			return
+		}
 		if err != nil {
 			s.fail(err)
 			return
@@ -191,7 +194,8 @@ func (w *worker) flush(s *Session) {
 	w.schedule(s)
 }
 
-// park leaves the session to a goroutine until its socket has taken everything there is.
+// park leaves the session to a goroutine until its socket has taken everything there is, from the
+// history too.
 func (w *worker) park(s *Session) {
 	s.parked = true
 	w.parked.Add(1)

@@ -28,7 +28,7 @@ type connection struct {
 	gateway   *Gateway
 	conn      net.Conn
 	id        snowflake.ID
-	version   string
+	version   int8   // of the protocol: 9, 10, or 0 for one that is not spoken here
 	early     []byte // came with the handshake, or was left in a broken reader
 	forwarded bool   // came from another pod
 
@@ -44,10 +44,10 @@ type connection struct {
 	gone     bool // the session has ended
 
 	reading sync.Mutex // held by whoever reads, and owns what follows
-	deaf    bool // what still comes is not the protocol any more
+	deaf    bool       // what still comes is not the protocol any more
 	client  guild.Client
-	budget  int       // messages left in the present window
-	renewed time.Time // when the window began
+	budget  int32 // messages left in the present window
+	renewed int64 // when the window began, Unix milliseconds
 }
 
 // run holds the connection and begins to serve it. request is its path and query.
@@ -67,7 +67,7 @@ func (c *connection) run(request string) {
 		c.close(protocol.CloseUnknownError, "the guild is not available")
 	case g.quitting(): // Drain may not have seen the session
 		c.close(protocol.CloseUnknownError, restarting)
-	case c.version != "" && c.version != "10" && c.version != "9":
+	case c.version == 0:
 		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
 	default:
 		c.interval = g.times.interval - rand.N(g.times.spread)
@@ -173,16 +173,14 @@ func (c *connection) close(code int, reason string) {
 	}
 }
 
-// answerClose answers the client's close message. Most clients then wait until the socket is closed.
+// answerClose answers the client's close message, unless that is an answer itself. Nothing is written
+// behind it, so that the client closes the socket: were the server first, what it wrote could be lost.
 func (c *connection) answerClose(code int) {
 	if code == websocket.CloseNoStatusReceived {
 		code = websocket.CloseNormalClosure
 	}
+	c.closing.Store(true)
 	c.expires.Store(0)
-	if c.closing.Swap(true) { // it was an answer itself
-		c.session.Load().End(nil)
-		return
-	}
 	c.session.Load().CloseWrite(protocol.CloseFrame(code, ""))
 }
 
@@ -226,8 +224,8 @@ func (c *connection) expectHeartbeat() { c.expectWithin(c.interval + c.gateway.t
 
 // spend counts a message or a ping against the client's limit of 120 per 60 s.
 func (c *connection) spend() error {
-	now := time.Now()
-	if now.Sub(c.renewed) >= time.Minute {
+	now := time.Now().UnixMilli()
+	if now-c.renewed >= time.Minute.Milliseconds() {
 		c.budget, c.renewed = protocol.MaxClientMessages, now
 	}
 	if c.budget == 0 {
@@ -368,12 +366,9 @@ type application struct {
 func (c *connection) ready(sessionID string, shard *[2]int, member bool) []byte {
 	place, _ := c.gateway.o.Directory.Find(c.id)
 	d := readyData{
-		Version: 10, User: readyUser{User: c.client.User, Verified: true},
+		Version: int(c.version), User: readyUser{User: c.client.User, Verified: true},
 		Guilds: []stub{}, PrivateChannels: []struct{}{}, SessionID: sessionID, Shard: shard,
 		Application: &application{ID: c.client.User.ID},
-	}
-	if c.version == "9" {
-		d.Version = 9
 	}
 	if place.Object != nil {
 		d.ResumeGatewayURL = c.gateway.o.Directory.Addresses(place.Object).Gateway

@@ -56,6 +56,9 @@ var defaultTimes = times{
 	identify: 30 * time.Second, message: 10 * time.Second, reconnect: 2500 * time.Millisecond,
 }
 
+// versions of the protocol, by the parameter that asks for them.
+var versions = map[string]int8{"": 10, "10": 10, "9": 9}
+
 // Options of a Gateway.
 type Options struct {
 	Directory *directory.Directory
@@ -78,6 +81,7 @@ type Gateway struct {
 	readers      sync.Pool // of *reader
 	writeBuffers sync.Pool // gorilla's
 	halfSent     atomic.Int64
+	maxHalfSent  int64
 
 	sweeper sync.Once
 
@@ -98,7 +102,7 @@ func New(o Options) *Gateway {
 		o.HoldTime = HoldTime
 	}
 	return &Gateway{
-		o: o, times: defaultTimes, maxHeld: maxHeld,
+		o: o, times: defaultTimes, maxHeld: maxHeld, maxHalfSent: maxHalfSent,
 		upgrader: websocket.Upgrader{
 			HandshakeTimeout: 10 * time.Second,
 			WriteBufferSize:  512,
@@ -141,7 +145,7 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 	}
 	c := &connection{
 		gateway: g, conn: upgrade.conn, early: upgrade.early, id: id,
-		version: query.Get("v"), forwarded: r.Header.Get(directory.ForwardedHeader) != "",
+		version: versions[query.Get("v")], forwarded: r.Header.Get(directory.ForwardedHeader) != "",
 	}
 	g.add(c)
 	// The request's goroutine ends here, with all that net/http keeps for it.

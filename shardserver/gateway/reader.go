@@ -250,7 +250,7 @@ func (r *reader) rest(p []byte) (int, error) {
 		r.late = true
 		c.conn.SetReadDeadline(time.Now().Add(g.times.message))
 	}
-	if g.halfSent.Add(1) > maxHalfSent {
+	if g.halfSent.Add(1) > g.maxHalfSent {
 		g.halfSent.Add(-1)
 		return 0, os.ErrDeadlineExceeded
 	}

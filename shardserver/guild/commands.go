@@ -11,7 +11,6 @@ import (
 	"strings"
 	"unicode/utf8"
 
-	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 )
@@ -95,7 +94,7 @@ func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint
 		}
 		numbers = make([]uint64, len(events))
 		for i, e := range events {
-			numbers[i] = t.publish(e.Type, bodies[i], e.Users)
+			numbers[i] = t.emit(e.Type, bodies[i], e.Users)
 		}
 		g.keys.put(key, [32]byte(digest.Sum(nil)), numbers, nil, g.now())
 		return nil
@@ -157,36 +156,15 @@ func prefixField(prefix string, err error) error {
 	return fieldError(strings.TrimSuffix(prefix, "."), err.Error())
 }
 
-// publish emits an event and what follows from it for sessions of the user whom it lets in or out.
-func (t *tx) publish(name string, body []byte, users []snowflake.ID) uint64 {
-	g := t.g
-	var ref memberRef
-	if name == "GUILD_MEMBER_ADD" || name == "GUILD_MEMBER_REMOVE" {
-		mustDecodeRaw(body, &ref)
-	}
-	wasMember := ref.User != nil && g.state.members[ref.User.ID] != nil
-	if name == "GUILD_MEMBER_REMOVE" && wasMember {
-		// Before the record's own frame: a session that is cut between two frames of one number
-		// would miss the second.
-		t.derive(t.last+1, "GUILD_DELETE", encode(map[string]snowflake.ID{"id": g.id}), ref.User.ID, fanout.CloseGate)
-		g.sessions.left(ref.User.ID)
-	}
-	seq := t.emit(name, body, users)
-	if name == "GUILD_MEMBER_ADD" && !wasMember && g.sessions.joined(ref.User.ID) {
-		t.derive(seq, "GUILD_CREATE", g.state.guildCreate(g.id, ref.User.ID), ref.User.ID, fanout.OpenGate)
-	}
-	return seq
-}
-
 // Join makes a user a member. It returns the member object, and whether the user was none before.
 func (g *Guild) Join(ctx context.Context, u User) (member json.RawMessage, joined bool, err error) {
 	err = g.do(ctx, func(t *tx) error {
-		if member = g.state.members[u.ID]; member != nil {
+		if member = g.state.members[u.ID].object; member != nil {
 			return nil
 		}
 		joined = true
-		t.publish("GUILD_MEMBER_ADD", memberObject(g.id, u, g.now()), nil)
-		member = g.state.members[u.ID]
+		t.emit("GUILD_MEMBER_ADD", memberObject(g.id, u, g.now()), nil)
+		member = g.state.members[u.ID].object
 		return nil
 	})
 	return member, joined, err
@@ -195,7 +173,7 @@ func (g *Guild) Join(ctx context.Context, u User) (member json.RawMessage, joine
 // Leave ends a membership, or fails with ErrNotFound.
 func (g *Guild) Leave(ctx context.Context, user snowflake.ID) error {
 	return g.do(ctx, func(t *tx) error {
-		member := g.state.members[user]
+		member := g.state.members[user].object
 		if member == nil {
 			return ErrNotFound
 		}
@@ -203,7 +181,7 @@ func (g *Guild) Leave(ctx context.Context, user snowflake.ID) error {
 			User json.RawMessage `json:"user"`
 		}
 		mustDecodeRaw(member, &m)
-		t.publish("GUILD_MEMBER_REMOVE", encode(map[string]any{"guild_id": g.id, "user": m.User}), nil)
+		t.emit("GUILD_MEMBER_REMOVE", encode(map[string]any{"guild_id": g.id, "user": m.User}), nil)
 		return nil
 	})
 }
@@ -212,7 +190,7 @@ func (g *Guild) Leave(ctx context.Context, user snowflake.ID) error {
 func (g *Guild) Member(user snowflake.ID) (json.RawMessage, error) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	if m := g.state.members[user]; m != nil {
+	if m := g.state.members[user].object; m != nil {
 		return m, nil
 	}
 	return nil, ErrNotFound
@@ -375,7 +353,7 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 	var answer json.RawMessage
 	err = g.do(ctx, func(t *tx) error {
 		c := g.state.channels[channel]
-		member := g.state.members[author.ID]
+		member := g.state.members[author.ID].object
 		switch {
 		case c == nil:
 			return ErrNotFound

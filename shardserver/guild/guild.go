@@ -137,10 +137,10 @@ func Open(c Config) (*Guild, error) {
 		}
 		for i := range records {
 			g.state.apply(&records[i])
-			seq = records[i].Seq
+			seq = records[i].End()
 		}
 	}
-	g.stream = c.Core.NewStream(g.log.Last(), streamRetention(c.Retention))
+	g.stream = c.Core.NewStream(g.log.Last(), history{g.id, g.log}, window(c.Retention), fanout.Retention(c.Retention))
 	g.settings.renamed = c.Name != g.state.name
 	go g.run()
 	if err := g.rename(); err != nil {
@@ -162,10 +162,6 @@ func (g *Guild) birthRecord(c Config) guildlog.Record {
 	}
 	b.Roles = append(b.Roles, everyoneRole(c.ID))
 	return guildlog.Record{Seq: guildlog.First, Time: g.now().UnixMilli(), Type: "GUILD_CREATE", Data: encode(b)}
-}
-
-func streamRetention(r guildlog.Retention) fanout.Retention {
-	return fanout.Retention{Bytes: r.Bytes, Age: r.Age}
 }
 
 // ID is the guild's snowflake.
@@ -234,8 +230,10 @@ func (g *Guild) rename() error {
 
 // SetRetention changes what the log and the stream keep.
 func (g *Guild) SetRetention(r guildlog.Retention) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	g.log.Retain(r)
-	g.stream.Retain(streamRetention(r))
+	g.stream.Retain(window(r), fanout.Retention(r))
 }
 
 // Reconnect asks the sessions to come back on another connection (op 7). The request stands in the
@@ -355,41 +353,33 @@ func (g *Guild) carryOut(batch []*command) {
 	}
 }
 
-// emit stages an event and applies it to the state. Its body must be a JSON object on one
-// line that check has accepted. It returns the event's number; for a volatile event the last one.
+// emit stages an event, with what follows from it for the sessions of a user whom it lets in or
+// out, and applies it to the state. Its body must be a JSON object on one line that check has
+// accepted. It returns the event's number; for a volatile event the last one.
 func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
-	event := protocol.EventOf(name)
-	f := &fanout.Frame{Tag: event, Only: owners(users), Volatile: event.Volatile}
-	if event.Volatile {
-		f.Seq = t.last
-		f.Wire, _ = protocol.Dispatch(name, t.last, body)
+	if protocol.EventOf(name).Volatile {
+		f := frame(&guildlog.Record{Seq: t.last, Type: name, Data: body, Users: users})
+		f.Volatile = true
 		t.frames = append(t.frames, f)
 		return t.last
 	}
-	t.last++
-	f.Seq = t.last
-	r := guildlog.Record{Seq: t.last, Time: t.g.now().UnixMilli(), Type: name, Users: users}
-	f.Wire, r.Data = protocol.Dispatch(name, t.last, body) // the log shares the frame's bytes
-	t.g.state.apply(&r)
-	t.records = append(t.records, r)
-	t.frames = append(t.frames, f)
-	return t.last
-}
-
-// derive stages a frame computed from the record of number seq, for one user.
-func (t *tx) derive(seq uint64, name string, body []byte, user snowflake.ID, gate fanout.Gate) {
-	f := &fanout.Frame{Seq: seq, Tag: protocol.EventOf(name), Only: []uint64{uint64(user)}, Gate: gate}
-	f.Wire, _ = protocol.Dispatch(name, seq, body)
-	t.frames = append(t.frames, f)
-}
-
-func owners(users []snowflake.ID) []uint64 {
-	if users == nil {
-		return nil
+	g := t.g
+	r := guildlog.Record{Seq: t.last + 1, Time: g.now().UnixMilli(), Type: name, Data: body, Users: users}
+	if g.state.turnsMembership(&r) {
+		r.Reserved = 1
 	}
-	o := make([]uint64, len(users))
-	for i, u := range users {
-		o[i] = uint64(u)
+	f := frame(&r) // the log shares its bytes
+	g.state.apply(&r)
+	t.records, t.frames, t.last = append(t.records, r), append(t.frames, f), r.End()
+	if user, joins := turns(&r); user != 0 {
+		var created []byte
+		switch {
+		case !joins:
+			g.sessions.left(user)
+		case g.sessions.joined(user):
+			created = g.state.guildCreate(g.id, user)
+		}
+		t.frames = append(t.frames, derived(g.id, &r, created))
 	}
-	return o
+	return r.Seq
 }

@@ -102,21 +102,29 @@ func (r *registry) counts() (sessions, online int) {
 	return len(r.sessions), len(r.users)
 }
 
-// view lets through the events that a session's intents ask for.
-type view struct{ intents uint64 }
-
-func (v *view) Admits(f *fanout.Frame) bool {
-	need := f.Tag.(*protocol.Event).Intents
-	return need == 0 || need&v.intents != 0
+// view is of sessions that see the same of the guild: the events that their intents ask for, or
+// nothing while their user is no member.
+type view struct {
+	intents uint64
+	member  bool
 }
 
-var views sync.Map // intents -> *view
+func (v *view) Pick(f *fanout.Frame) []byte {
+	need := f.Tag.(*protocol.Event).Intents
+	if !v.member || need != 0 && need&v.intents == 0 {
+		return nil
+	}
+	return f.Wire
+}
 
-func viewOf(intents uint64) *view {
-	if v, ok := views.Load(intents); ok {
+var views sync.Map // view -> *view
+
+func viewOf(intents uint64, member bool) *view {
+	key := view{intents, member}
+	if v, ok := views.Load(key); ok {
 		return v.(*view)
 	}
-	v, _ := views.LoadOrStore(intents, &view{intents: intents})
+	v, _ := views.LoadOrStore(key, &key)
 	return v.(*view)
 }
 
@@ -151,7 +159,7 @@ type Snapshot struct {
 // what happens in the guild from there on follows them. In an open guild the user joins.
 func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) error {
 	g.mu.RLock()
-	member := g.state.members[c.User.ID] != nil
+	member := g.state.members[c.User.ID].object != nil
 	g.mu.RUnlock()
 	if !member && !c.Outside && g.Open() {
 		if _, _, err := g.Join(ctx, c.User); err != nil {
@@ -171,12 +179,12 @@ func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) er
 		s.Guild = g.snapshot(c.User.ID)
 	}
 	ready(s)
-	return g.follow(c, fanout.Start{GateOpen: member, Seq: s.Base})
+	return g.follow(c, fanout.Start{Seq: s.Base})
 }
 
 // seenBy says whether a client sees the guild. g.mu is held for reading.
 func (g *Guild) seenBy(c *Client) bool {
-	return !c.Outside && g.state.members[c.User.ID] != nil
+	return !c.Outside && g.state.members[c.User.ID].object != nil
 }
 
 // snapshot is GUILD_CREATE's body. g.mu is held for reading; the shared parts are made under a lock of their own.
@@ -188,7 +196,7 @@ func (g *Guild) snapshot(user snowflake.ID) json.RawMessage {
 
 // follow attaches a session to the stream. g.mu is held for reading.
 func (g *Guild) follow(c Client, start fanout.Start) error {
-	start.View, start.Owner = viewOf(c.Intents), c.owner()
+	start.View, start.Owner = viewOf(c.Intents, g.seenBy(&c)), c.owner()
 	if err := c.Session.Follow(g.stream, start); err != nil {
 		return err
 	}
@@ -201,7 +209,7 @@ func (g *Guild) Detach(c Client) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	g.sessions.detach(c.Random, c.Session)
-	if g.state.members[c.User.ID] == nil {
+	if g.state.members[c.User.ID].object == nil {
 		g.sessions.left(c.User.ID)
 	}
 }
@@ -215,7 +223,8 @@ type Resumption struct {
 }
 
 // Resume continues a session: what it missed is replayed, then RESUMED, then what happens from
-// then on. A session that has not seen its snapshot gets a fresh one: fresh is called with it.
+// then on. A session that cannot be replayed to as it has not seen the guild yet, or has joined
+// it since and too long ago, gets a snapshot instead: fresh is called with it.
 func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
@@ -232,18 +241,27 @@ func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 		return ErrFutureSeq
 	}
 	member := g.seenBy(&c)
-	start := fanout.Start{GateOpen: member, Seq: r.Seq, Replayed: protocol.Resumed}
-	if r.Seq < r.Base {
-		start.Seq = last
+	snapshot := func() error {
 		if member {
 			fresh(Snapshot{Base: last, Guild: g.snapshot(c.User.ID)})
 		}
+		return g.follow(c, fanout.Start{Seq: last, Replayed: protocol.Resumed})
 	}
-	if err := g.follow(c, start); err != nil {
-		if errors.Is(err, fanout.ErrDropped) {
-			return ErrNotResumable
-		}
-		return err
+	// What a membership was further back than the stream's window is not known, only since when it lasts.
+	near := g.stream.Holds(r.Seq)
+	joined := member && g.state.members[c.User.ID].joined > r.Seq
+	switch {
+	case r.Seq < r.Base, c.Outside, joined && !near:
+		return snapshot()
+	case !member && !near:
+		return ErrNotResumable
 	}
-	return nil
+	err := g.follow(c, fanout.Start{Seq: r.Seq, Replayed: protocol.Resumed})
+	switch {
+	case errors.Is(err, fanout.ErrDropped) && joined: // while nobody reckoned with the session
+		return snapshot()
+	case errors.Is(err, fanout.ErrDropped):
+		return ErrNotResumable
+	}
+	return err
 }

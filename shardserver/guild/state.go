@@ -46,6 +46,12 @@ type Role struct {
 	Object json.RawMessage
 }
 
+// member is a user in the guild. The zero value is of one who is not.
+type member struct {
+	object json.RawMessage // as clients see it, with user
+	joined uint64          // last number of the record that let them in
+}
+
 // state is what the records of a guild's log add up to.
 //
 // Invariant: state is a pure function of the records applied so far, in order.
@@ -53,7 +59,7 @@ type state struct {
 	name     string
 	channels map[snowflake.ID]*Channel
 	roles    map[snowflake.ID]*Role
-	members  map[snowflake.ID]json.RawMessage // member objects, with user
+	members  map[snowflake.ID]member
 
 	// The parts of GUILD_CREATE that are the same for all, made when first asked for.
 	shared []byte
@@ -63,7 +69,7 @@ func newState() *state {
 	return &state{
 		channels: map[snowflake.ID]*Channel{},
 		roles:    map[snowflake.ID]*Role{},
-		members:  map[snowflake.ID]json.RawMessage{},
+		members:  map[snowflake.ID]member{},
 	}
 }
 
@@ -211,6 +217,16 @@ func fieldError(field, expected string) error {
 	return &InvalidError{Field: field, Expected: expected}
 }
 
+// turnsMembership says whether a record that is applied next makes somebody a member, or none any more.
+func (s *state) turnsMembership(r *guildlog.Record) bool {
+	if r.Type != "GUILD_MEMBER_ADD" && r.Type != "GUILD_MEMBER_REMOVE" {
+		return false
+	}
+	var ref memberRef
+	mustDecode(r, &ref)
+	return (s.members[ref.User.ID].object == nil) == (r.Type == "GUILD_MEMBER_ADD")
+}
+
 // apply folds a record into the state. The record has passed check.
 func (s *state) apply(r *guildlog.Record) {
 	switch r.Type {
@@ -257,16 +273,20 @@ func (s *state) apply(r *guildlog.Record) {
 	case "GUILD_MEMBER_ADD":
 		var m memberRef
 		mustDecode(r, &m)
-		s.members[m.User.ID] = r.Data
+		was := s.members[m.User.ID]
+		if was.object == nil {
+			was.joined = r.End()
+		}
+		s.members[m.User.ID] = member{r.Data, was.joined}
 		return // members are not in the shared parts
 	case "GUILD_MEMBER_UPDATE": // may lack fields that have not changed
 		var m memberRef
 		mustDecode(r, &m)
-		if old := s.members[m.User.ID]; old != nil {
+		if old := s.members[m.User.ID]; old.object != nil {
 			var fields map[string]json.RawMessage
-			mustDecodeRaw(old, &fields)
+			mustDecodeRaw(old.object, &fields)
 			mustDecode(r, &fields)
-			s.members[m.User.ID] = encode(fields)
+			s.members[m.User.ID] = member{encode(fields), old.joined}
 		}
 		return
 	case "GUILD_MEMBER_REMOVE":
@@ -382,7 +402,7 @@ func (s *state) object(id snowflake.ID) guildObject {
 // intent is told its own member alone
 // (https://docs.discord.com/developers/events/gateway-events#guild-create).
 func (s *state) guildCreate(id, user snowflake.ID) []byte {
-	member := s.members[user]
+	member := s.members[user].object
 	var ref memberRef
 	mustDecodeRaw(member, &ref)
 	shared := s.sharedParts(id)

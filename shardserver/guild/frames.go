@@ -1,0 +1,123 @@
+package guild
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"guildhall.dev/guildhall/shardserver/fanout"
+	"guildhall.dev/guildhall/shardserver/guildlog"
+	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/snowflake"
+)
+
+const (
+	// windowBytes and windowAge bound the frames that a stream keeps; what is older is made anew of the log's records.
+	windowBytes = 8 << 20
+	windowAge   = time.Minute
+	// blockBytes and blockRecords bound what is made anew at a time.
+	blockBytes   = 1 << 20
+	blockRecords = 256
+)
+
+// window is what the stream keeps of what the log keeps.
+func window(r guildlog.Retention) fanout.Retention {
+	return fanout.Retention{Bytes: min(r.Bytes, windowBytes), Age: min(r.Age, windowAge)}
+}
+
+// frame makes the frame of a record, whose data becomes the frame's own bytes.
+func frame(r *guildlog.Record) *fanout.Frame {
+	f := &fanout.Frame{Seq: r.Seq, Tag: protocol.EventOf(r.Type)}
+	f.Wire, r.Data = protocol.Dispatch(r.Type, r.Seq, r.Data)
+	if r.Users != nil {
+		f.Personal, f.Wire = fanout.For(f.Wire, owners(r.Users)...), nil
+	}
+	if user, member := turns(r); user != 0 && !member { // is told of the guild's end instead
+		f.Personal = slices.DeleteFunc(f.Personal, func(p fanout.Personal) bool { return p.Owner == uint64(user) })
+		if f.Wire != nil {
+			f.Personal = fanout.For(nil, uint64(user))
+		}
+	}
+	return f
+}
+
+// turns says whom a record makes a member, or none any more; 0: nobody. Such a record reserves a number.
+func turns(r *guildlog.Record) (user snowflake.ID, member bool) {
+	if r.Reserved == 0 {
+		return 0, false
+	}
+	var ref memberRef
+	mustDecode(r, &ref)
+	return ref.User.ID, r.Type == "GUILD_MEMBER_ADD"
+}
+
+// derived makes the frame that follows from a record which turns a user's membership, for that
+// user alone. created is the body of GUILD_CREATE for one who joins. It is nil when the guild
+// as it was then is not at hand: sessions cannot pass the frame, and start from a snapshot.
+func derived(guild snowflake.ID, r *guildlog.Record, created []byte) *fanout.Frame {
+	user, member := turns(r)
+	p := fanout.Personal{Owner: uint64(user), Turn: membership(member)}
+	name, body := "GUILD_DELETE", encode(map[string]snowflake.ID{"id": guild})
+	if member {
+		name, body = "GUILD_CREATE", created
+	}
+	seq := r.End()
+	if body == nil {
+		p.Turn = impassable{}
+	} else {
+		p.Wire, _ = protocol.Dispatch(name, seq, body)
+	}
+	return &fanout.Frame{Seq: seq, Tag: protocol.EventOf(name), Personal: []fanout.Personal{p}}
+}
+
+// membership turns the views of a user who becomes a member, or is none any more.
+type membership bool
+
+func (m membership) Ahead(v fanout.View) fanout.View { return viewOf(v.(*view).intents, bool(m)) }
+func (m membership) Back(v fanout.View) fanout.View  { return viewOf(v.(*view).intents, !bool(m)) }
+
+// impassable is a turn that no session passes.
+type impassable struct{}
+
+func (impassable) Ahead(fanout.View) fanout.View { return nil }
+func (impassable) Back(fanout.View) fanout.View  { return nil }
+
+// history makes the frames of a log's records anew.
+type history struct {
+	guild snowflake.ID
+	log   guildlog.Log
+}
+
+func (h history) Kept(after uint64) bool { return h.log.Resumable(after) }
+
+func (h history) Frames(after uint64) (frames []*fanout.Frame, err error) {
+	records, err := h.log.Read(after, blockRecords)
+	if errors.Is(err, guildlog.ErrDropped) {
+		return nil, fanout.ErrDropped
+	}
+	if err != nil {
+		return nil, err
+	}
+	bytes := 0
+	for i := range records {
+		r := &records[i]
+		if r.Seq > after {
+			frames = append(frames, frame(r))
+		}
+		if r.Reserved > 0 {
+			frames = append(frames, derived(h.guild, r, nil))
+		}
+		if bytes += len(r.Data); bytes > blockBytes {
+			break
+		}
+	}
+	return frames, nil
+}
+
+func owners(users []snowflake.ID) []uint64 {
+	o := make([]uint64, len(users))
+	for i, u := range users {
+		o[i] = uint64(u)
+	}
+	return o
+}
