@@ -65,8 +65,8 @@ type fakeRaw struct {
 	*fakeConn
 }
 
-func (fakeRaw) Control(func(uintptr)) error   { panic("not called") }
-func (fakeRaw) Read(func(uintptr) bool) error { panic("not called") }
+func (r fakeRaw) Control(f func(uintptr)) error { f(r.fd); return nil }
+func (fakeRaw) Read(func(uintptr) bool) error   { panic("not called") }
 
 func (r fakeRaw) Write(f func(uintptr) bool) error {
 	for {

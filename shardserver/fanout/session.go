@@ -16,6 +16,8 @@ const (
 	maxUrgent = 4 << 20
 	// closeTimeout is how long a session has to take its last messages, and its peer to close.
 	closeTimeout = 2 * time.Second
+	// lingerTime is how long a peer has to close that is told that it may.
+	lingerTime = time.Second
 	// idleNoop is the share of what can be replayed after which a session that got nothing is sent a no-op.
 	idleNoop = 8
 	// maxWrites bounds the writes to a session before its worker looks after the others.
@@ -46,12 +48,31 @@ var (
 //     history goes on when the stream does not keep the frame at pos any more;
 //   - behind the message of Close nothing goes out.
 type Session struct {
-	core   *Core
-	worker *worker
-	socket socket
-
-	scheduled atomic.Bool // in worker.ready
+	// What each delivery needs comes first, so that it takes few cache lines.
 	finished  atomic.Bool
+	waiting   atomic.Bool // urgent is not empty, or closing is set
+	scheduled atomic.Bool // in worker.ready
+	parked    bool        // owned by the worker
+	worker    *worker
+	socket    socket
+
+	// Owned by whoever writes.
+	stream    *Stream // nil until the session follows one
+	view      View    // nil: it cannot go on
+	owner     uint64
+	pos       uint64        // cursor: position of the next frame; 0: behind seq in the history
+	seq       atomic.Uint64 // read by the worker at any time
+	rest      []byte
+	insert    []byte // what ends the replay; nil: sent, or none
+	insertAt  uint64 // its position
+	skipped   int64  // cost of the frames passed since the last one written
+	writtenAt int64  // when that was, Unix milliseconds
+	insertSeq uint64 // the number that insert comes behind
+	block     *block // of the history, while reading
+	reading   bool   // the session is one of the core's readers
+
+	following atomic.Bool // Follow has been called
+	core      *Core
 	ended     func(cause error)
 
 	mu          sync.Mutex
@@ -60,28 +81,10 @@ type Session struct {
 	closing     bool // urgent ends with the last message
 	hangUp      bool // behind the last message the stream of bytes ends
 
-	// Owned by whoever writes.
-	stream    *Stream // nil until the session follows one
-	owner     uint64
-	view      View          // nil: it cannot go on
-	pos       uint64        // cursor: position of the next frame; 0: behind seq in the history
-	seq       atomic.Uint64 // read by the worker at any time
-	rest      []byte
-	insert    []byte // what ends the replay; nil: sent, or none
-	insertAt  uint64 // its position
-	insertSeq uint64 // the number it comes behind
-	block     *block // of the history, while reading
-	reading   bool   // the session is one of the core's readers
-	skipped   int64  // cost of the frames passed since the last one written
-	writtenAt int64  // when that was, Unix milliseconds
-
-	following atomic.Bool // Follow has been called
-
 	// Owned by the worker.
 	follower *follower
 	index    int    // in the follower's sessions
 	begin    func() // shows the stream to the writer, once the session is not parked any more
-	parked   bool
 }
 
 // NewSession makes a session of a connection, which it owns from now on for writing and closing.
@@ -166,6 +169,7 @@ func (s *Session) Send(parts ...[]byte) {
 			s.urgentBytes += len(part)
 		}
 	}
+	s.waiting.Store(true)
 	full := s.urgentBytes > maxUrgent
 	s.mu.Unlock()
 	if full {
@@ -193,27 +197,31 @@ func (s *Session) close(wire []byte, hangUp bool) {
 	}
 	s.closing, s.hangUp = true, hangUp
 	s.urgent = append(s.urgent, wire)
+	s.waiting.Store(true)
 	s.mu.Unlock()
 	s.socket.conn.SetWriteDeadline(time.Now().Add(closeTimeout))
 	s.worker.schedule(s)
 	time.AfterFunc(closeTimeout+time.Second, func() { s.End(nil) })
 }
 
-// End closes the socket at once. The first cause counts.
+// End closes the socket without another word. The first cause counts.
 func (s *Session) End(cause error) {
 	if !s.finished.CompareAndSwap(false, true) {
 		return
 	}
 	s.mu.Lock()
 	s.closing, s.urgent = true, nil
+	s.waiting.Store(true)
 	s.mu.Unlock()
-	s.socket.close()
-	s.worker.post(s.leave)
+	if !s.worker.post(s.leave) {
+		s.socket.close()
+	}
 	go s.ended(cause)
 }
 
-// leave takes the session out of its follower.
+// leave closes the socket, and takes the session out of its follower.
 func (s *Session) leave() {
+	s.socket.close()
 	f := s.follower
 	if f == nil {
 		return
@@ -347,6 +355,9 @@ func (s *Session) older() []*Frame {
 // nextUrgent returns the messages of Send that come next, small ones together. It is empty, and ok,
 // when there is to be nothing any more.
 func (s *Session) nextUrgent(b *scratch) (c chunk, ok bool) {
+	if !s.waiting.Load() {
+		return c, false
+	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch {
@@ -378,6 +389,7 @@ func (s *Session) passUrgent(n int) {
 	}
 	if len(s.urgent) == 0 {
 		s.urgent = nil // an idle session holds on to nothing
+		s.waiting.Store(s.closing)
 		return
 	}
 	s.urgent[0] = s.urgent[0][n:]
@@ -390,6 +402,7 @@ func (s *Session) sendFirst(wire []byte) chunk {
 	defer s.mu.Unlock()
 	s.urgent = slices.Insert(s.urgent, 0, wire)
 	s.urgentBytes += len(wire)
+	s.waiting.Store(true)
 	return chunk{bytes: wire}
 }
 
@@ -460,12 +473,16 @@ func (s *Session) advance(c chunk, n int) {
 
 // settle runs on the worker when there is nothing left to write.
 func (s *Session) settle() {
+	if !s.waiting.Load() {
+		return
+	}
 	s.mu.Lock()
 	hangUp := s.hangUp
 	s.hangUp = false
 	s.mu.Unlock()
 	if hangUp {
 		s.socket.closeWrite()
+		time.AfterFunc(lingerTime, func() { s.End(nil) })
 	}
 }
 

@@ -5,20 +5,35 @@ import (
 	"syscall"
 )
 
-// socket is a connection. Where it is a plain socket, writes need not wait.
+// socket is a connection. Where it is a plain socket, the worker writes to the descriptor itself, past
+// the net package's bookkeeping, most of which would have to come from memory for each delivery. That is
+// safe as the worker alone closes it, too: the descriptor is no other connection's meanwhile.
 type socket struct {
+	fd   uintptr
+	raw  syscall.RawConn // for writes that wait; nil: every write waits, as with TLS
 	conn net.Conn
-	raw  syscall.RawConn // nil: every write waits, as with TLS
 }
 
 func newSocket(conn net.Conn) socket {
 	s := socket{conn: conn}
-	if sc, ok := conn.(syscall.Conn); ok && nonblocking {
-		if raw, err := sc.SyscallConn(); err == nil {
-			s.raw = raw
-		}
+	sc, ok := conn.(syscall.Conn)
+	if !ok || !nonblocking {
+		return s
+	}
+	raw, err := sc.SyscallConn()
+	if err == nil && raw.Control(func(fd uintptr) { s.fd = fd }) == nil {
+		s.raw = raw
 	}
 	return s
+}
+
+// write writes what the socket takes now. again: it takes no more.
+func (s *socket) write(p []byte) (n int, again bool, err error) {
+	if s.raw == nil {
+		return 0, true, nil
+	}
+	n, again, err = writeOnce(s.fd, p)
+	return n, again || n < len(p), err
 }
 
 // close closes the connection. It does not wait: TLS says goodbye to a peer that may not read.
@@ -41,36 +56,4 @@ func (s *socket) closeWrite() {
 	default:
 		half.CloseWrite() //nolint:errcheck // likewise
 	}
-}
-
-// attempt is a write that does not wait. It is reused, so that a write allocates nothing.
-type attempt struct {
-	bytes []byte
-	n     int
-	again bool
-	err   error
-	run   func(fd uintptr) bool
-}
-
-func newAttempt() *attempt {
-	a := &attempt{}
-	a.run = func(fd uintptr) bool {
-		a.n, a.again, a.err = writeOnce(fd, a.bytes)
-		return true
-	}
-	return a
-}
-
-// write writes what the socket takes now. again: it takes no more.
-func (a *attempt) write(s *socket, p []byte) (n int, again bool, err error) {
-	if s.raw == nil {
-		return 0, true, nil
-	}
-	a.bytes, a.n, a.again, a.err = p, 0, false, nil
-	err = s.raw.Write(a.run)
-	a.bytes = nil
-	if err == nil {
-		err = a.err
-	}
-	return a.n, a.again || a.n < len(p), err
 }

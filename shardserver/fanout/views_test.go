@@ -49,7 +49,7 @@ func manyViews(random *rand.Rand, views, channels int) (sets, seers []*roles) {
 
 // TestThousandsOfViews: 5,000 sessions with a role set each get what their roles may see.
 func TestThousandsOfViews(t *testing.T) {
-	const views, frames = 5000, 300
+	const views, frames = 5000, 100
 	random := rand.New(rand.NewPCG(1, 2))
 	sets, seers := manyViews(random, views, 50)
 	core := New(Options{Workers: 2})

@@ -7,10 +7,8 @@ import (
 	"sync/atomic"
 )
 
-const (
-	// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
-	quantum = 512
-)
+// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
+const quantum = 512
 
 // follower is a stream's sessions on one worker.
 type follower struct {
@@ -30,14 +28,13 @@ type worker struct {
 	core   *Core
 	signal chan struct{}
 
-	mu     sync.Mutex
-	posted []func()
-	ready  []*Session
-	rounds []*follower
+	mu      sync.Mutex
+	posted  []func()
+	ready   []*Session
+	rounds  []*follower
+	stopped bool // nothing runs or is written any more
 
-	// owned by the goroutine
-	scratch scratch
-	attempt *attempt
+	scratch scratch // owned by the goroutine
 
 	deliveries, writes, bytes, overruns atomic.Uint64
 	parked, catchingUp                  atomic.Int64
@@ -51,12 +48,28 @@ func (w *worker) poke() {
 	}
 }
 
-// post has f run by the worker's goroutine.
-func (w *worker) post(f func()) {
+// post has f run by the worker's goroutine, unless that has ended.
+func (w *worker) post(f func()) (ok bool) {
 	w.mu.Lock()
+	if w.stopped {
+		w.mu.Unlock()
+		return false
+	}
 	w.posted = append(w.posted, f)
 	w.mu.Unlock()
 	w.poke()
+	return true
+}
+
+// stop ends the worker, once what was posted has run.
+func (w *worker) stop() {
+	w.mu.Lock()
+	w.stopped = true
+	posted := w.posted
+	w.mu.Unlock()
+	for _, f := range posted {
+		f()
+	}
 }
 
 // wake says that there are frames for the follower's sessions.
@@ -125,6 +138,7 @@ func (w *worker) run() {
 			select {
 			case <-w.signal:
 			case <-w.core.stopped:
+				w.stop()
 				return
 			}
 		}
@@ -178,17 +192,19 @@ func (w *worker) flush(s *Session) {
 			s.settle()
 			return
 		}
-		n, again, err := w.attempt.write(&s.socket, c.bytes)
+		n, again, err := s.socket.write(c.bytes)
 		if n > 0 {
 			s.advance(c, n)
 		}
-		if err != nil {
+		switch {
+		case err != nil:
 			s.fail(err)
 			return
-		}
-		if again {
+		case again:
 			w.park(s)
 			return
+		case c.span != nil && c.span.atHead && s.insert == nil:
+			return // whatever came meanwhile has the session flushed again
 		}
 	}
 	w.schedule(s)
