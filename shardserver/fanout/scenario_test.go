@@ -223,6 +223,16 @@ func TestScenes(t *testing.T) {
 				s.Errorf("%d spans, %d texts", spans, texts)
 			}
 		},
+		"bodies of the same length are not taken for the same": func(s *scene) {
+			a, b := s.connect(unlimited), s.connect(unlimited)
+			s.follow(a, live)
+			s.follow(b, Start{View: 1 | variant})
+			f := s.model.frame(1, 0, 0)
+			f.Variants = [][]byte{line("v 0 ")}
+			s.stream.Publish(f, s.model.frame(2, 0, 0))
+			s.got(a, "f 0", "f 1")
+			s.got(b, "v 0", "f 1")
+		},
 		"a session that lags catches up from the history, and sees what it saw then": func(s *scene) {
 			s.history(3)
 			a := s.connect(3)

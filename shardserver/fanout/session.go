@@ -406,10 +406,11 @@ func (s *Session) sendFirst(wire []byte) chunk {
 	return chunk{bytes: wire}
 }
 
-// replayEnd is where the session's replay ends, 0 when it is behind that.
-func (s *Session) replayEnd() uint64 {
+// replayEnd is where the session's replay ends, as far as the n frames from the cursor on are
+// concerned; 0 when it is behind that. So it is the same for all sessions that replay all of them.
+func (s *Session) replayEnd(n int) uint64 {
 	if s.insert != nil && s.pos < s.insertAt {
-		return s.insertAt
+		return min(s.insertAt, s.pos+uint64(n))
 	}
 	return 0
 }

@@ -3,6 +3,7 @@ package fanout
 import (
 	"slices"
 	"sync"
+	"time"
 )
 
 const (
@@ -14,13 +15,26 @@ const (
 	maxCached = 4 << 20
 	// maxIndex bounds the entries that an index keeps room for.
 	maxIndex = 1024
+	// cacheTime is how long a worker that has nothing to do keeps what it has built: sessions that
+	// resume one after another want the same.
+	cacheTime = time.Second
 )
+
+// extent is how many frames a window has whose first is at position from, in a stream that ends at
+// end, and whether they are the last. One far behind stops where those of others begin, so that they are shared.
+func extent(from, end uint64) (n int, atHead bool) {
+	if end-from < maxWindow {
+		return int(end - from), true
+	}
+	return int(maxWindow - from%maxWindow), false
+}
 
 // window is frames of a stream from a position on, as they were when it was made.
 type window struct {
 	stream *Stream
 	from   uint64 // 0: they are from the history
 	frames []*Frame
+	atHead bool     // they were the stream's last
 	owners []uint64 // who have something personal in them, sorted
 }
 
@@ -113,7 +127,7 @@ func (sp *span) look(marks []mark, w *window, view View, owner, until uint64) []
 		marks = append(marks, mark{end: end, pos: sp.to, seq: f.Seq, wire: wire})
 		sp.skipped = 0
 	}
-	sp.atHead = w.from > 0 && looked == len(w.frames) && looked < maxWindow
+	sp.atHead = w.atHead && looked == len(w.frames)
 	return marks
 }
 
@@ -150,6 +164,8 @@ func hash(marks []mark) uint64 {
 type windowKey struct {
 	stream *Stream
 	from   uint64
+	n      int
+	atHead bool
 }
 
 type spanKey struct {
@@ -161,12 +177,11 @@ type spanKey struct {
 // cache is the windows, spans and texts that a worker has built, for the sessions that they suit.
 //
 // Invariant: what is in the cache was right when it was made and stays so, as frames do not
-// change; it only does not have what was published later. So it is emptied before each turn of
-// the worker, but where the next turn goes on with the same stream at the same head.
+// change. It has no window of the frames that were published later: windows are found by how many they have.
 type cache struct {
 	stream  *Stream // of the turn
-	head    uint64
-	size    int // bytes
+	head    uint64  // its end
+	size    int     // bytes
 	last    *span
 	windows map[windowKey]*window
 	spans   map[spanKey]*span
@@ -199,20 +214,22 @@ func (p *pool[T]) get() *T {
 
 // begin prepares for a turn that serves a stream, or none.
 func (c *cache) begin(stream *Stream) {
-	var head uint64
+	c.stream = stream
 	if stream != nil {
-		head = stream.end()
+		c.head = stream.end()
 	}
-	if stream == nil || stream != c.stream || head != c.head {
+	if c.size > maxCached {
 		c.reset()
 	}
-	c.stream, c.head = stream, head
 }
+
+// empty says whether there is nothing to reset.
+func (c *cache) empty() bool { return len(c.windows) == 0 }
 
 // reset empties the cache: it holds on to no stream and no frame.
 func (c *cache) reset() {
-	c.stream, c.last = nil, nil
-	if len(c.windows) == 0 {
+	c.last = nil
+	if c.empty() {
 		return
 	}
 	windows, spans, texts := &c.pool.windows, &c.pool.spans, &c.pool.texts
@@ -247,17 +264,18 @@ func emptied[K comparable, V any](m map[K]V) map[K]V {
 
 // find returns the span for a session, or nil.
 func (c *cache) find(s *Session) *span {
-	if s.stream == c.stream && s.pos >= c.head { // the most have come this far
+	if s.stream != c.stream {
 		return nil
 	}
-	until := s.replayEnd()
-	if sp := c.last; sp != nil && sp.view == s.view && sp.until == until && sp.window.from == s.pos && sp.window.stream == s.stream {
+	n, atHead := extent(s.pos, c.head)
+	until := s.replayEnd(n)
+	if sp := c.last; sp != nil && sp.view == s.view && sp.until == until && sp.window.is(s.stream, s.pos, n, atHead) {
 		if sp.window.personal(s.owner) {
 			return nil
 		}
 		return sp
 	}
-	w := c.windows[windowKey{s.stream, s.pos}]
+	w := c.windows[windowKey{s.stream, s.pos, n, atHead}]
 	if w == nil || w.personal(s.owner) {
 		return nil
 	}
@@ -268,13 +286,19 @@ func (c *cache) find(s *Session) *span {
 	return sp
 }
 
-// window returns the window from the session's position on, with these frames if it is new.
-func (c *cache) window(stream *Stream, from uint64, frames []*Frame) *window {
-	key := windowKey{stream, from}
+// is says whether the window has n frames of the stream from a position on.
+func (w *window) is(stream *Stream, from uint64, n int, atHead bool) bool {
+	return w.from == from && len(w.frames) == n && w.atHead == atHead && w.stream == stream
+}
+
+// window returns the window of these frames, from a position on.
+func (c *cache) window(stream *Stream, from uint64, frames []*Frame, atHead bool) *window {
+	key := windowKey{stream, from, len(frames), atHead}
 	w := c.windows[key]
 	if w == nil {
 		w = c.pool.windows.get()
 		w.fill(stream, from, frames)
+		w.atHead = atHead
 		c.windows[key] = w
 		c.size += 8*len(frames) + 8*len(w.owners) + 256
 	}
@@ -332,6 +356,9 @@ func (b *scratch) forget() {
 func (b *scratch) span(s *Session) (*span, error) {
 	c := b.cache
 	if c != nil {
+		if s.stream == c.stream && s.pos >= c.head { // what is published meanwhile has a turn of its own
+			return nil, nil
+		}
 		if sp := c.find(s); sp != nil {
 			return sp, nil
 		}
@@ -350,12 +377,17 @@ func (b *scratch) span(s *Session) (*span, error) {
 	if n == 0 || s.insertDue() {
 		return nil, nil
 	}
+	atHead := false
+	if at > 0 {
+		n, atHead = extent(at, at+uint64(n))
+	}
+	until := s.replayEnd(n)
 	if c != nil && at > 0 {
 		if c.size > maxCached {
 			c.reset()
 		}
-		if w := c.window(s.stream, at, b.frames[:n]); !w.personal(s.owner) {
-			key := spanKey{w, s.view, s.replayEnd()}
+		if w := c.window(s.stream, at, b.frames[:n], atHead); !w.personal(s.owner) {
+			key := spanKey{w, s.view, until}
 			sp := c.spans[key]
 			if sp == nil {
 				sp = c.pool.spans.get()
@@ -369,8 +401,8 @@ func (b *scratch) span(s *Session) (*span, error) {
 		}
 	}
 	own := &b.own
-	own.window = window{stream: s.stream, from: at, frames: b.frames[:n]}
-	b.marks = own.span.look(b.marks[:0], &own.window, s.view, s.owner, s.replayEnd())
+	own.window = window{stream: s.stream, from: at, frames: b.frames[:n], atHead: atHead}
+	b.marks = own.span.look(b.marks[:0], &own.window, s.view, s.owner, until)
 	own.text.write(b.marks)
 	own.span.text = &own.text
 	return &own.span, nil

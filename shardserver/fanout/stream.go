@@ -48,7 +48,7 @@ func (c *Core) NewStream(seq uint64, h History, window, whole Retention) *Stream
 	s.blocks.history = h
 	s.Retain(window, whole)
 	for _, w := range c.workers {
-		s.subs = append(s.subs, &follower{stream: s, worker: w})
+		s.subs = append(s.subs, &follower{stream: s, worker: w, served: 1, looked: 1, views: map[View]struct{}{}})
 	}
 	return s
 }
@@ -80,7 +80,7 @@ func (s *Stream) Retain(window, whole Retention) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.retention = window
-	s.idleBytes.Store(whole.Bytes / idleNoop)
+	s.idleBytes.Store(min(whole.Bytes/idleNoop, window.Bytes/2)) // the window costs less to replay than the history
 	s.idleTime.Store(whole.Age.Milliseconds() / idleNoop)
 	s.drop(s.core.now().UnixMilli())
 }

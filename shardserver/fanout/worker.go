@@ -5,10 +5,17 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
-// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
-const quantum = 512
+const (
+	// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
+	quantum = 512
+	// maxUnseen bounds the frames that a follower's sessions see nothing of before they pass them nevertheless.
+	maxUnseen = maxWindow / 2
+	// maxViews bounds the views that a follower asks whether a frame is seen at all.
+	maxViews = 16
+)
 
 // follower is a stream's sessions on one worker.
 type follower struct {
@@ -20,7 +27,59 @@ type follower struct {
 	pending bool // frames were published after the present round began
 	queued  bool // in worker.rounds, or being served
 
-	next int // session to be served next in the present round; owned by the worker
+	// Owned by the worker.
+	next   int               // session to be served next in the present round
+	served uint64            // the stream's end at the last round
+	at     int64             // when that was, Unix milliseconds
+	looked uint64            // position behind the frames that unseen has looked at
+	cost   int64             // of those, and of what some session has passed before without being sent anything
+	views  map[View]struct{} // of the sessions that have been flushed since that round began; more than maxViews are not told apart
+	last   View              // the one that was noted last
+}
+
+// note looks at one of the sessions that has been flushed.
+func (f *follower) note(s *Session) {
+	f.cost = max(f.cost, s.skipped)
+	if s.view != f.last && len(f.views) <= maxViews {
+		f.views[s.view] = struct{}{}
+		f.last = s.view
+	}
+}
+
+// unseen says whether none of the sessions is sent anything of what was published since the last round,
+// a no-op neither, so that they need not be touched: when thousands join, hardly anybody may be told of it.
+func (f *follower) unseen(frames []*Frame) bool {
+	if len(f.views) > maxViews || f.worker.clock.Load()-f.at >= f.stream.idleTime.Load() {
+		return false
+	}
+	n, at, ok := f.stream.window(frames, f.looked, 0)
+	if !ok || at != f.looked || at+uint64(n)-f.served > maxUnseen {
+		return false
+	}
+	for _, frame := range frames[:n] {
+		if frame.Turn != nil || len(frame.Personal) > 0 {
+			return false
+		}
+		for v := range f.views {
+			if frame.Wire != nil && v != nil && v.Pick(frame) != nil {
+				return false
+			}
+		}
+		f.cost += frameCost(frame)
+	}
+	f.looked = at + uint64(n)
+	return f.cost < f.stream.idleBytes.Load()
+}
+
+// beginRound prepares for the next round over all sessions. It is not ok when none is needed.
+func (f *follower) beginRound(frames []*Frame) (ok bool) {
+	if f.unseen(frames) {
+		return false
+	}
+	f.served, f.at = f.stream.end(), f.worker.clock.Load()
+	f.looked, f.cost, f.last = f.served, 0, nil
+	clear(f.views)
+	return true
 }
 
 // worker owns the writes of its sessions.
@@ -99,6 +158,8 @@ func (w *worker) schedule(s *Session) {
 func (w *worker) run() {
 	var posted []func()
 	var ready []*Session
+	idle := time.NewTimer(cacheTime)
+	defer idle.Stop()
 	for {
 		clear(posted)
 		clear(ready)
@@ -132,21 +193,36 @@ func (w *worker) run() {
 			w.serve(round)
 			continue
 		}
-		if len(posted) == 0 && len(ready) == 0 {
+		if len(posted) == 0 && len(ready) == 0 && !w.rest(idle) {
+			w.stop()
+			return
+		}
+	}
+}
+
+// rest waits until there is something to do. It is not ok when there never will be again.
+func (w *worker) rest(idle *time.Timer) (ok bool) {
+	if !w.scratch.cache.empty() {
+		idle.Reset(cacheTime)
+	}
+	for {
+		select {
+		case <-w.signal:
+			return true
+		case <-w.core.stopped:
+			return false
+		case <-idle.C:
 			w.scratch.cache.reset()
 			w.scratch.forget()
-			select {
-			case <-w.signal:
-			case <-w.core.stopped:
-				w.stop()
-				return
-			}
 		}
 	}
 }
 
 // serve gives the follower's sessions one quantum, and queues it again behind the others while there is more to do.
 func (w *worker) serve(f *follower) {
+	if f.next == 0 && !f.beginRound(w.scratch.frames[:]) {
+		f.next = len(f.sessions)
+	}
 	for range quantum {
 		if f.next >= len(f.sessions) {
 			break
@@ -166,12 +242,20 @@ func (w *worker) serve(f *follower) {
 	}
 }
 
-// flush writes to a session what there is for it, until its socket would block. One that takes
-// much goes on in the next turn.
+// flush brings a session up to date.
 func (w *worker) flush(s *Session) {
 	if s.finished.Load() {
 		return
 	}
+	w.write(s)
+	if s.follower != nil && !s.parked {
+		s.follower.note(s)
+	}
+}
+
+// write writes to a session what there is for it, until its socket would block. One that takes
+// much goes on in the next turn.
+func (w *worker) write(s *Session) {
 	if s.parked {
 		if s.overrun() { // nobody else looks: its goroutine waits for the socket
 			s.cutOverrun()
