@@ -149,6 +149,9 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 			return
 		}
 		begin()
+		if c := s.worker.scratch.cache; c.stream == nil {
+			c.begin(stream)
+		}
 		s.worker.flush(s)
 	})
 	return nil

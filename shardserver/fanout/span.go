@@ -177,7 +177,8 @@ type spanKey struct {
 // cache is the windows, spans and texts that a worker has built, for the sessions that they suit.
 //
 // Invariant: what is in the cache was right when it was made and stays so, as frames do not
-// change. It has no window of the frames that were published later: windows are found by how many they have.
+// change. It has no window of the frames that were published later: windows are found by how many
+// they have. head is no older than the worker's turn: sessions are brought up to there at least.
 type cache struct {
 	stream  *Stream // of the turn
 	head    uint64  // its end

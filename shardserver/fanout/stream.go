@@ -28,6 +28,8 @@ type Stream struct {
 
 	// A no-op is due when a view let nothing of so many bytes through, or nothing for so many milliseconds.
 	idleBytes, idleTime atomic.Int64
+	// lagTime is how many milliseconds of what they do not see sessions may be behind at rest.
+	lagTime atomic.Int64
 
 	mu        sync.RWMutex
 	retention Retention
@@ -82,6 +84,7 @@ func (s *Stream) Retain(window, whole Retention) {
 	s.retention = window
 	s.idleBytes.Store(min(whole.Bytes/idleNoop, window.Bytes/2)) // the window costs less to replay than the history
 	s.idleTime.Store(whole.Age.Milliseconds() / idleNoop)
+	s.lagTime.Store(min(whole.Age.Milliseconds()/idleNoop, window.Age.Milliseconds()/2))
 	s.drop(s.core.now().UnixMilli())
 }
 

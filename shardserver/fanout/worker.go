@@ -49,7 +49,7 @@ func (f *follower) note(s *Session) {
 // unseen says whether none of the sessions is sent anything of what was published since the last round,
 // a no-op neither, so that they need not be touched: when thousands join, hardly anybody may be told of it.
 func (f *follower) unseen(frames []*Frame) bool {
-	if len(f.views) > maxViews || f.worker.clock.Load()-f.at >= f.stream.idleTime.Load() {
+	if len(f.views) > maxViews || f.worker.clock.Load()-f.at >= f.stream.lagTime.Load() {
 		return false
 	}
 	n, at, ok := f.stream.window(frames, f.looked, 0)
@@ -76,7 +76,7 @@ func (f *follower) beginRound(frames []*Frame) (ok bool) {
 	if f.unseen(frames) {
 		return false
 	}
-	f.served, f.at = f.stream.end(), f.worker.clock.Load()
+	f.served, f.at = f.worker.scratch.cache.head, f.worker.clock.Load() // what comes now is of the next round
 	f.looked, f.cost, f.last = f.served, 0, nil
 	clear(f.views)
 	return true
@@ -177,14 +177,14 @@ func (w *worker) run() {
 		w.mu.Unlock()
 
 		w.clock.Store(w.core.now().UnixMilli())
-		for _, f := range posted {
-			f()
-		}
 		var stream *Stream
 		if round != nil {
 			stream = round.stream
 		}
 		w.scratch.cache.begin(stream)
+		for _, f := range posted {
+			f()
+		}
 		for _, s := range ready {
 			s.scheduled.Store(false)
 			w.flush(s)

@@ -316,7 +316,8 @@ func (c *connection) send(event string, seq uint64, body []byte) {
 // sendGuild sends the snapshot's guild to a client that asked for guilds.
 func (c *connection) sendGuild(s guild.Snapshot) {
 	if s.Guild != nil && c.client.Intents&protocol.IntentGuilds != 0 {
-		c.send("GUILD_CREATE", s.Base, s.Guild)
+		head, tail := protocol.DispatchParts("GUILD_CREATE", s.Base, s.Guild.Shared, s.Guild.Own)
+		c.session.Load().Send(head, s.Guild.Shared, tail)
 	}
 }
 

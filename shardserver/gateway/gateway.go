@@ -272,6 +272,9 @@ func (g *Gateway) sweep() {
 // holds it, or neither when the client has waited long enough.
 func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) {
 	g := c.gateway
+	if place, _ := g.o.Directory.Find(c.id); place.Guild != nil && !g.draining.Load() && g.admit() {
+		return place.Guild, nil // mostly
+	}
 	g.held.Add(1)
 	defer g.held.Add(-1)
 	deadline := time.Now().Add(g.o.HoldTime)

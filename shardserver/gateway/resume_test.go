@@ -204,8 +204,8 @@ func TestOthersHearOfMembers(t *testing.T) {
 	w := newWorld(t, setup{membersOnly: true})
 	w.join(user(1))
 	c := w.enter(user(1))
-	c.at(w.join(user(2))-1, "GUILD_MEMBER_ADD") // the last number is of what user 2 alone is told
-	c.at(w.leave(user(2))-1, "GUILD_MEMBER_REMOVE")
+	c.at(w.join(user(2)), "GUILD_MEMBER_ADD")
+	c.at(w.leave(user(2))-1, "GUILD_MEMBER_REMOVE") // the last number is of what user 2 alone is told
 }
 
 func TestAnOpenGuildIsJoinedByConnecting(t *testing.T) {

@@ -365,19 +365,23 @@ func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 	}
 	g := t.g
 	r := guildlog.Record{Seq: t.last + 1, Time: g.now().UnixMilli(), Type: name, Data: body, Users: users}
-	if g.state.turnsMembership(&r) {
+	user := g.state.turnsMembership(&r)
+	joins := r.Type == "GUILD_MEMBER_ADD"
+	switch {
+	case user == 0:
+	case !joins:
+		g.sessions.left(user)
+		r.Reserved = 1
+	case g.sessions.joined(user):
 		r.Reserved = 1
 	}
 	f := frame(&r) // the log shares its bytes
 	g.state.apply(&r)
 	t.records, t.frames, t.last = append(t.records, r), append(t.frames, f), r.End()
-	if user, joins := turns(&r); user != 0 {
+	if r.Reserved > 0 {
 		var created []byte
-		switch {
-		case !joins:
-			g.sessions.left(user)
-		case g.sessions.joined(user):
-			created = g.state.guildCreate(g.id, user)
+		if joins {
+			created = g.state.guildCreate(g.id, user).join()
 		}
 		t.frames = append(t.frames, derived(g.id, &r, created))
 	}

@@ -97,7 +97,7 @@ func TestStateIsAFunctionOfTheLog(t *testing.T) {
 func picture(g *Guild) string {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	return string(g.state.guildCreate(g.id, userID(1))) + fmt.Sprint(len(g.state.members), string(g.state.members[userID(2)].object))
+	return string(g.state.guildCreate(g.id, userID(1)).join()) + fmt.Sprint(len(g.state.members), string(g.state.members[userID(2)].object))
 }
 
 // blocking is a log whose Append waits.

@@ -2,7 +2,6 @@ package guild
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"sync"
 
@@ -152,7 +151,7 @@ type Snapshot struct {
 	// Base is the number of the snapshot: READY has Base-1.
 	Base uint64
 	// Guild is the body of GUILD_CREATE; nil for a user who is no member: the guild comes when they join.
-	Guild json.RawMessage
+	Guild *Body
 }
 
 // Identify starts a session: ready is called with the snapshot to send the first messages, and
@@ -188,10 +187,11 @@ func (g *Guild) seenBy(c *Client) bool {
 }
 
 // snapshot is GUILD_CREATE's body. g.mu is held for reading; the shared parts are made under a lock of their own.
-func (g *Guild) snapshot(user snowflake.ID) json.RawMessage {
+func (g *Guild) snapshot(user snowflake.ID) *Body {
 	g.snapshots.Lock()
 	defer g.snapshots.Unlock()
-	return g.state.guildCreate(g.id, user)
+	body := g.state.guildCreate(g.id, user)
+	return &body
 }
 
 // follow attaches a session to the stream. g.mu is held for reading.
@@ -249,9 +249,10 @@ func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 	}
 	// What a membership was further back than the stream's window is not known, only since when it lasts.
 	near := g.stream.Holds(r.Seq)
-	joined := member && g.state.members[c.User.ID].joined > r.Seq
+	m := g.state.members[c.User.ID]
+	joined := member && m.joined > r.Seq
 	switch {
-	case r.Seq < r.Base, c.Outside, joined && !near:
+	case r.Seq < r.Base, c.Outside, joined && (!near || !m.told):
 		return snapshot()
 	case !member && !near:
 		return ErrNotResumable

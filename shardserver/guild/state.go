@@ -50,6 +50,7 @@ type Role struct {
 type member struct {
 	object json.RawMessage // as clients see it, with user
 	joined uint64          // last number of the record that let them in
+	told   bool            // whether GUILD_CREATE for them was derived from it: somebody might have waited for it
 }
 
 // state is what the records of a guild's log add up to.
@@ -217,14 +218,17 @@ func fieldError(field, expected string) error {
 	return &InvalidError{Field: field, Expected: expected}
 }
 
-// turnsMembership says whether a record that is applied next makes somebody a member, or none any more.
-func (s *state) turnsMembership(r *guildlog.Record) bool {
+// turnsMembership says whom a record that is applied next makes a member, or none any more; 0: nobody.
+func (s *state) turnsMembership(r *guildlog.Record) snowflake.ID {
 	if r.Type != "GUILD_MEMBER_ADD" && r.Type != "GUILD_MEMBER_REMOVE" {
-		return false
+		return 0
 	}
 	var ref memberRef
 	mustDecode(r, &ref)
-	return (s.members[ref.User.ID].object == nil) == (r.Type == "GUILD_MEMBER_ADD")
+	if (s.members[ref.User.ID].object == nil) != (r.Type == "GUILD_MEMBER_ADD") {
+		return 0
+	}
+	return ref.User.ID
 }
 
 // apply folds a record into the state. The record has passed check.
@@ -275,9 +279,10 @@ func (s *state) apply(r *guildlog.Record) {
 		mustDecode(r, &m)
 		was := s.members[m.User.ID]
 		if was.object == nil {
-			was.joined = r.End()
+			was.joined, was.told = r.End(), r.Reserved > 0
 		}
-		s.members[m.User.ID] = member{r.Data, was.joined}
+		was.object = r.Data
+		s.members[m.User.ID] = was
 		return // members are not in the shared parts
 	case "GUILD_MEMBER_UPDATE": // may lack fields that have not changed
 		var m memberRef
@@ -286,7 +291,8 @@ func (s *state) apply(r *guildlog.Record) {
 			var fields map[string]json.RawMessage
 			mustDecodeRaw(old.object, &fields)
 			mustDecode(r, &fields)
-			s.members[m.User.ID] = member{encode(fields), old.joined}
+			old.object = encode(fields)
+			s.members[m.User.ID] = old
 		}
 		return
 	case "GUILD_MEMBER_REMOVE":
@@ -398,23 +404,27 @@ func (s *state) object(id snowflake.ID) guildObject {
 	}
 }
 
+// Body is GUILD_CREATE's body in two parts: the first is the same for all members and shared by
+// their sessions, the second a member's own.
+type Body struct{ Shared, Own []byte }
+
+func (b Body) join() []byte { return append(append([]byte(nil), b.Shared...), b.Own...) }
+
 // guildCreate is the body of GUILD_CREATE for one member: a session without the presence
 // intent is told its own member alone
 // (https://docs.discord.com/developers/events/gateway-events#guild-create).
-func (s *state) guildCreate(id, user snowflake.ID) []byte {
+func (s *state) guildCreate(id, user snowflake.ID) Body {
 	member := s.members[user].object
 	var ref memberRef
 	mustDecodeRaw(member, &ref)
-	shared := s.sharedParts(id)
-	body := make([]byte, 0, len(shared)+len(member)+128)
-	body = append(body, shared...)
-	body = append(body, `,"joined_at":`...)
-	body = append(body, encode(ref.JoinedAt)...)
-	body = append(body, `,"member_count":`...)
-	body = strconv.AppendInt(body, int64(len(s.members)), 10)
-	body = append(body, `,"members":[`...)
-	body = append(body, member...)
-	return append(body, "]}"...)
+	own := make([]byte, 0, len(member)+128)
+	own = append(own, `,"joined_at":`...)
+	own = append(own, encode(ref.JoinedAt)...)
+	own = append(own, `,"member_count":`...)
+	own = strconv.AppendInt(own, int64(len(s.members)), 10)
+	own = append(own, `,"members":[`...)
+	own = append(own, member...)
+	return Body{Shared: s.sharedParts(id), Own: append(own, "]}"...)}
 }
 
 // sharedParts is an open JSON object: what GUILD_CREATE has for every member alike.

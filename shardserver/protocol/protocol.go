@@ -65,16 +65,17 @@ type Message struct {
 
 // textFrame is a WebSocket frame (RFC 6455, section 5.2): final, text, unmasked, with room
 // for a payload of n bytes behind its header.
-func textFrame(n int) []byte { return frameHeader(0x81, n) }
+func textFrame(n int) []byte { return frameHeader(0x81, n, n) }
 
-func frameHeader(first byte, n int) []byte {
+// frameHeader is the header of a frame with n bytes of payload, with room behind it.
+func frameHeader(first byte, n, room int) []byte {
 	switch {
 	case n < 126:
-		return append(make([]byte, 0, 2+n), first, byte(n))
+		return append(make([]byte, 0, 2+room), first, byte(n))
 	case n < 1<<16:
-		return binary.BigEndian.AppendUint16(append(make([]byte, 0, 4+n), first, 126), uint16(n))
+		return binary.BigEndian.AppendUint16(append(make([]byte, 0, 4+room), first, 126), uint16(n))
 	default:
-		return binary.BigEndian.AppendUint64(append(make([]byte, 0, 10+n), first, 127), uint64(n))
+		return binary.BigEndian.AppendUint64(append(make([]byte, 0, 10+room), first, 127), uint64(n))
 	}
 }
 
@@ -82,14 +83,16 @@ func frameHeader(first byte, n int) []byte {
 func TextFrame(payload []byte) []byte { return append(textFrame(len(payload)), payload...) }
 
 // PongFrame answers a WebSocket ping.
-func PongFrame(payload []byte) []byte { return append(frameHeader(0x8a, len(payload)), payload...) }
+func PongFrame(payload []byte) []byte {
+	return append(frameHeader(0x8a, len(payload), len(payload)), payload...)
+}
 
 // CloseFrame is a WebSocket close message. The reason is cut at 123 bytes, the most that fits.
 func CloseFrame(code int, reason string) []byte {
 	if len(reason) > 123 {
 		reason = reason[:123]
 	}
-	frame := frameHeader(0x88, 2+len(reason))
+	frame := frameHeader(0x88, 2+len(reason), 2+len(reason))
 	return append(binary.BigEndian.AppendUint16(frame, uint16(code)), reason...)
 }
 
@@ -109,6 +112,14 @@ func Dispatch(t string, seq uint64, data []byte) (frame, body []byte) {
 	frame = append(frame, data...)
 	body = frame[start:len(frame):len(frame)]
 	return append(frame, '}'), body
+}
+
+// DispatchParts is a dispatch whose body is shared and own joined, as a frame in three parts: head,
+// shared as it is, and tail.
+func DispatchParts(t string, seq uint64, shared, own []byte) (head, tail []byte) {
+	opening := `{"t":"` + t + `","s":` + strconv.FormatUint(seq, 10) + `,"op":0,"d":`
+	n := len(opening) + len(shared) + len(own) + 1
+	return append(frameHeader(0x81, n, len(opening)), opening...), append(own[:len(own):len(own)], '}')
 }
 
 // Noop is a no-op dispatch with number seq, as a frame.

@@ -1,0 +1,426 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+
+	"github.com/cockroachdb/pebble/v2"
+	"github.com/cockroachdb/pebble/v2/vfs"
+	"github.com/cockroachdb/pebble/v2/vfs/errorfs"
+	"github.com/google/go-cmp/cmp"
+
+	"guildhall.dev/guildhall/shardserver/guildlog"
+)
+
+// faults is a file system on which some operations fail while it is on.
+type faults struct {
+	on   atomic.Bool
+	err  error
+	file string // what the names of its files contain
+	ops  []errorfs.OpKind
+}
+
+func (f *faults) wrap(fs vfs.FS) vfs.FS {
+	return errorfs.Wrap(fs, errorfs.InjectorFunc(func(op errorfs.Op) error {
+		if !f.on.Load() || !strings.Contains(op.Path, f.file) {
+			return nil
+		}
+		if slices.Contains(f.ops, op.Kind) {
+			return f.err
+		}
+		return nil
+	}))
+}
+
+var (
+	syncOps  = []errorfs.OpKind{errorfs.OpFileSync, errorfs.OpFileSyncData, errorfs.OpFileSyncTo}
+	writeOps = []errorfs.OpKind{errorfs.OpFileWrite, errorfs.OpFileWriteAt}
+)
+
+func TestAfterAFailureNothingIsAcknowledged(t *testing.T) {
+	for name, f := range map[string]*faults{
+		"a sync of the log fails":          {err: syscall.EIO, file: ".log", ops: syncOps},
+		"a write to the log fails":         {err: syscall.EIO, file: ".log", ops: writeOps},
+		"a write to the log finds no room": {err: syscall.ENOSPC, file: ".log", ops: writeOps},
+		"the manifest cannot be written":   {err: syscall.EIO, file: "MANIFEST", ops: writeOps},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mem := vfs.NewCrashableMem()
+			s := open(t, "db", options(f.wrap(mem)))
+			a := birth(t, s, guildA, Commit{Records: records(2, 9)})
+			b := birth(t, s, guildB, Commit{Records: records(2, 9)})
+			f.on.Store(true)
+			if f.file == "MANIFEST" { // written in the background
+				flushed, err := s.db.AsyncFlush()
+				if err != nil {
+					t.Fatal(err)
+				}
+				select {
+				case <-flushed:
+				case <-s.Failed():
+				}
+				<-s.Failed()
+			}
+			if err := a.Append(records(10, 10)); !errors.Is(err, ErrFailed) || !errors.Is(err, f.err) || errors.Is(err, ErrFull) {
+				t.Errorf("appending: %v", err)
+			}
+			f.on.Store(false)
+			select {
+			case <-s.Failed():
+			default:
+				t.Error("nobody was told")
+			}
+			for what, err := range map[string]error{
+				"appending again":      a.Append(records(10, 10)),
+				"appending to another": b.Append(records(10, 10)),
+				"assigning":            s.Assign(guildA, ownerB),
+				"deleting":             s.Delete(guildB),
+				"asking for room":      s.Room(),
+				"closing":              s.Close(),
+			} {
+				if !errors.Is(err, ErrFailed) || !errors.Is(err, f.err) {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+			if a.Last() != 9 || len(readAll(t, a, 0)) != 8 {
+				t.Error("what was not acknowledged can be read")
+			}
+			if st, err := s.Stats(); err != nil || !errors.Is(st.Err, ErrFailed) {
+				t.Errorf("stats: %v, %v", st.Err, err)
+			}
+			// The next process finds what was acknowledged, and at most once what was not.
+			for percent := range 3 {
+				cfg := vfs.CrashCloneCfg{UnsyncedDataPercent: 50 * percent, RNG: rand.New(rand.NewPCG(1, uint64(percent)))}
+				s := open(t, "db", options(mem.CrashClone(cfg)))
+				l, err := s.Log(guildA, a.ID())
+				if err != nil {
+					t.Fatal(err)
+				}
+				if diff := cmp.Diff(records(2, l.Last()), readAll(t, l, 0)); diff != "" || l.Last() != 9 && l.Last() != 10 {
+					t.Errorf("the log ends at %d: %s", l.Last(), diff)
+				}
+				commit(t, l, Commit{Records: records(11, 11)})
+			}
+		})
+	}
+}
+
+func TestAFullDiskTakesNothingAndIsRead(t *testing.T) {
+	mem := vfs.NewMem()
+	c := newClock()
+	o := options(mem)
+	o.Reserve, o.Now = 1000, c.Now
+	o.Retention.Bytes = 1600 // so that a block takes 100
+	s := open(t, "db", o)
+	l := birth(t, s, guildA, Commit{Records: records(2, 9)})
+	free := func(bytes uint64) { mem.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: bytes, TotalBytes: 1 << 20}) }
+
+	free(999)
+	if err := s.Room(); !errors.Is(err, ErrFull) {
+		t.Errorf("room with less than the reserve: %v", err)
+	}
+	if _, err := s.Birth(guildB, ownerB, Commit{Records: records(2, 2)}); !errors.Is(err, ErrFull) {
+		t.Errorf("a birth with less than the reserve: %v", err)
+	}
+	commit(t, l, Commit{Records: records(10, 10)}) // asked before the reserve was touched
+	free(499)
+	if err := l.Append(records(11, 11)); !errors.Is(err, ErrFull) || errors.Is(err, ErrFailed) {
+		t.Errorf("appending with less than half of the reserve: %v", err)
+	}
+	if st, _ := s.Stats(); !st.Full || st.DiskFree != 499 {
+		t.Errorf("stats: %+v", st)
+	}
+	if diff := cmp.Diff(records(2, 10), readAll(t, l, 0)); diff != "" {
+		t.Error(diff)
+	}
+	l.Retain(guildlog.Retention{})
+	if l.Resumable(0) {
+		t.Error("a full disk keeps what retention drops")
+	}
+	free(1000)
+	if err := s.Room(); err != nil {
+		t.Error(err)
+	}
+	commit(t, l, Commit{Records: records(11, 11)})
+}
+
+func TestADirectoryThatCannotBeWrittenIsNotOpened(t *testing.T) {
+	mem := vfs.NewMem()
+	s := mustOpen(t, "db", options(mem))
+	birth(t, s, guildA, Commit{Records: records(2, 9)})
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for name, err := range map[string]error{"read-only": syscall.EROFS, "forbidden": syscall.EACCES, "full": syscall.ENOSPC} {
+		t.Run(name, func(t *testing.T) {
+			fs := errorfs.Wrap(mem, errorfs.InjectorFunc(func(op errorfs.Op) error {
+				if op.Kind.ReadOrWrite() == errorfs.OpIsWrite && op.Kind != errorfs.OpMkdirAll && op.Kind != errorfs.OpLock && op.Kind != errorfs.OpFileClose {
+					return &os.PathError{Op: "write", Path: op.Path, Err: err}
+				}
+				return nil
+			}))
+			_, got := Open("db", options(fs))
+			if !errors.Is(got, err) || errors.Is(got, ErrCorrupt) || errors.Is(got, ErrLocked) || errors.Is(got, ErrFull) != (name == "full") {
+				t.Errorf("opening: %v", got)
+			}
+		})
+	}
+	l, err := open(t, "db", options(mem)).Log(guildA, guildlog.ID{})
+	if err != nil || len(readAll(t, l, 0)) != 8 {
+		t.Errorf("it harmed the log: %v", err)
+	}
+}
+
+// newest is the last of the files that match.
+func newest(t *testing.T, dir, pattern string) string {
+	t.Helper()
+	names := glob(t, dir, pattern)
+	if len(names) == 0 {
+		t.Fatalf("no %s", pattern)
+	}
+	return names[len(names)-1]
+}
+
+func edit(t *testing.T, name string, change func(data []byte) []byte) {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, change(data), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// flip changes a byte of the last place that has text.
+func flip(t *testing.T, text string) func([]byte) []byte {
+	return func(data []byte) []byte {
+		i := bytes.LastIndex(data, []byte(text))
+		if i < 0 {
+			t.Fatalf("no %q", text)
+		}
+		data[i] ^= 1
+		return data
+	}
+}
+
+// TestDamagedFiles damages a copy of a directory as a crash leaves it: two thirds of the records are in
+// a table, the others in the write-ahead log.
+func TestDamagedFiles(t *testing.T) {
+	const last = 300
+	dir := t.TempDir()
+	s := open(t, dir, options(nil))
+	l := birth(t, s, guildA, Commit{Records: records(2, 2)})
+	for seq := uint64(3); seq <= last; seq++ {
+		if seq == last*2/3 {
+			if err := s.db.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		commit(t, l, Commit{Records: records(seq, seq)})
+	}
+	crashed := os.DirFS(dir)
+	for name, test := range map[string]struct {
+		damage func(t *testing.T, dir string) (file string)
+		// found: when the directory is opened, or when all of the log is read; neither: not at all.
+		atOpen, atRead bool
+		last           uint64
+	}{
+		"nothing": {
+			damage: func(*testing.T, string) string { return "" },
+			last:   last,
+		},
+		"a torn end of the write-ahead log": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.log")
+				edit(t, name, func(data []byte) []byte {
+					end := bytes.LastIndex(data, []byte("message 300"))
+					return data[:end]
+				})
+				return name
+			},
+			last: last - 1,
+		},
+		"a changed byte in the write-ahead log": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.log")
+				edit(t, name, flip(t, "message 250"))
+				return name
+			},
+			atOpen: true,
+		},
+		"a changed byte in the first batch of the write-ahead log": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.log")
+				edit(t, name, flip(t, "message 200"))
+				return name
+			},
+			atOpen: true,
+		},
+		"zeros in the write-ahead log": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.log")
+				edit(t, name, func(data []byte) []byte {
+					clear(data[2048:4096])
+					return data
+				})
+				return name
+			},
+			atOpen: true,
+		},
+		"a table that is cut short": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.sst")
+				edit(t, name, func(data []byte) []byte { return data[:len(data)-1] })
+				return name
+			},
+			atOpen: true,
+		},
+		"a table that is gone": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.sst")
+				if err := os.Remove(name); err != nil {
+					t.Fatal(err)
+				}
+				return name
+			},
+			atOpen: true,
+		},
+		"a changed byte in a table": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "*.sst")
+				edit(t, name, func(data []byte) []byte { data[100] ^= 1; return data })
+				return name
+			},
+			atRead: true,
+		},
+		"a changed byte in the manifest": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "MANIFEST-*")
+				edit(t, name, func(data []byte) []byte { data[20] ^= 1; return data })
+				return name
+			},
+			atOpen: true,
+		},
+		"no manifest": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "MANIFEST-*")
+				if err := os.Remove(name); err != nil {
+					t.Fatal(err)
+				}
+				return name
+			},
+			atOpen: true,
+		},
+		"no word of which manifest it is": {
+			damage: func(t *testing.T, dir string) string {
+				if err := os.Remove(newest(t, dir, "marker.manifest.*")); err != nil {
+					t.Fatal(err)
+				}
+				return "marker.manifest"
+			},
+			atOpen: true,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			dir := filepath.Join(t.TempDir(), "copy")
+			if err := os.CopyFS(dir, crashed); err != nil {
+				t.Fatal(err)
+			}
+			file := filepath.Base(test.damage(t, dir))
+			for range 2 { // it stays so
+				s, err := Open(dir, options(nil))
+				if test.atOpen {
+					if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), strings.TrimSuffix(file, ".sst")) || !strings.Contains(err.Error(), dir) {
+						t.Fatalf("opening, with %s damaged: %v", file, err)
+					}
+					continue
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+				var all []guildlog.Record
+				l, err := s.Log(guildA, l.ID())
+				if err == nil {
+					for seq := uint64(0); seq < l.Last() && err == nil; {
+						var list []guildlog.Record
+						if list, err = l.Read(seq, 50); err == nil {
+							all = append(all, list...)
+							seq = all[len(all)-1].End()
+						}
+					}
+				}
+				if test.atRead {
+					if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), strings.TrimSuffix(file, ".sst")) {
+						t.Errorf("reading, with %s damaged: %v", file, err)
+					}
+				} else if diff := cmp.Diff(records(2, test.last), all); diff != "" || err != nil {
+					t.Errorf("reading: %v, %s", err, diff)
+				}
+				if err := s.Close(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+func TestALogThatDisagreesIsNotServed(t *testing.T) {
+	for name, test := range map[string]struct {
+		damage func(b *pebble.Batch, l *Log)
+		atRead bool
+	}{
+		"the newest record is missing": {damage: func(b *pebble.Batch, l *Log) { unset(b, l.numbered(tableRecord, 9)) }},
+		"the oldest record is missing": {damage: func(b *pebble.Batch, l *Log) { unset(b, l.numbered(tableRecord, 2)) }},
+		"all records are missing": {damage: func(b *pebble.Batch, l *Log) {
+			remove(b, l.between(tableRecord, 0, 100))
+		}},
+		"a record in the middle is missing": {damage: func(b *pebble.Batch, l *Log) { unset(b, l.numbered(tableRecord, 5)) }, atRead: true},
+		"a record is cut short":             {damage: func(b *pebble.Batch, l *Log) { set(b, l.numbered(tableRecord, 5), []byte{1, 0}) }, atRead: true},
+		"a record too many": {damage: func(b *pebble.Batch, l *Log) {
+			r := record(10)
+			set(b, l.numbered(tableRecord, 10), encodeRecord(&r, 9))
+		}},
+		"the head is missing":   {damage: func(b *pebble.Batch, l *Log) { unset(b, l.key(tableHead)) }},
+		"the head is cut short": {damage: func(b *pebble.Batch, l *Log) { set(b, l.key(tableHead), []byte("short")) }},
+		"the head is of another log": {damage: func(b *pebble.Batch, l *Log) {
+			h := l.head
+			h.Log = guildlog.NewID()
+			set(b, l.key(tableHead), encodeFixed(&h))
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			mem := vfs.NewMem()
+			s := mustOpen(t, "db", options(mem))
+			l := birth(t, s, guildA, Commit{Records: records(2, 9)})
+			birth(t, s, guildB, Commit{Records: records(2, 9)})
+			b := s.newBatch()
+			test.damage(b, l)
+			if err := s.apply(b, pebble.Sync); err != nil {
+				t.Fatal(err)
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			s = open(t, "db", options(mem))
+			l, err := s.Log(guildA, guildlog.ID{})
+			if test.atRead && err == nil {
+				_, err = l.Read(0, 100)
+			}
+			if !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), guildA.String()) {
+				t.Errorf("opening and reading: %v", err)
+			}
+			if l, err := s.Log(guildB, guildlog.ID{}); err != nil || len(readAll(t, l, 0)) != 8 {
+				t.Errorf("the other guild suffers: %v", err)
+			}
+		})
+	}
+}
