@@ -165,7 +165,7 @@ func newServer(c config) (*server, error) {
 func (s *server) run(ctx context.Context) (err error) {
 	defer s.core.Stop()
 	if s.poller != nil {
-		defer s.poller.Close()
+		defer s.poller.Close() //nolint:errcheck // it only reads
 	}
 	background, cancel := context.WithCancel(context.Background())
 	var group sync.WaitGroup

@@ -17,7 +17,7 @@ const (
 	maxIndex = 1024
 	// cacheTime is how long a worker that has nothing to do keeps what it has built: sessions that
 	// resume one after another want the same.
-	cacheTime = time.Second
+	cacheTime = 200 * time.Millisecond
 )
 
 // extent is how many frames a window has whose first is at position from, in a stream that ends at

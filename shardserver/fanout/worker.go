@@ -212,8 +212,7 @@ func (w *worker) rest(idle *time.Timer) (ok bool) {
 		case <-w.core.stopped:
 			return false
 		case <-idle.C:
-			w.scratch.cache.reset()
-			w.scratch.forget()
+			w.scratch = scratch{cache: newCache()} // with all the room that a burst has taken
 		}
 	}
 }

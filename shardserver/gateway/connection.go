@@ -42,6 +42,7 @@ type connection struct {
 	watched  *poll.Handle
 	attached bool // identified or resumed
 	gone     bool // the session has ended
+	extra    bool // has no place among the sessions, but may take over that of one that it resumes
 
 	reading sync.Mutex // held by whoever reads, and owns what follows
 	deaf    bool       // what still comes is not the protocol any more
@@ -60,6 +61,12 @@ func (c *connection) run(request string) {
 		return
 	}
 	c.guild = local
+	if local != nil && c.version != 0 {
+		c.interval = g.times.interval - rand.N(g.times.spread)
+		c.expectWithin(g.times.identify)
+		// The socket is empty, and not yet the session's. If it is gone, reading tells.
+		c.conn.Write(protocol.Hello(int(c.interval.Milliseconds()))) //nolint:errcheck // see above
+	}
 	session := g.o.Core.NewSession(c.conn, c.ended)
 	c.session.Store(session)
 	switch {
@@ -69,10 +76,6 @@ func (c *connection) run(request string) {
 		c.close(protocol.CloseUnknownError, restarting)
 	case c.version == 0:
 		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
-	default:
-		c.interval = g.times.interval - rand.N(g.times.spread)
-		c.expectWithin(g.times.identify)
-		c.reply(protocol.Hello(int(c.interval.Milliseconds())))
 	}
 	if !c.watch() {
 		c.read(true)
@@ -123,7 +126,7 @@ func (c *connection) readMore() {
 func (c *connection) ended(error) {
 	c.mu.Lock()
 	c.gone = true
-	attached, watched := c.attached, c.watched
+	attached, watched, extra := c.attached, c.watched, c.extra
 	c.mu.Unlock()
 	if watched != nil {
 		watched.Remove()
@@ -131,7 +134,10 @@ func (c *connection) ended(error) {
 	if attached {
 		c.guild.Detach(c.client)
 	}
-	if c.guild != nil {
+	switch {
+	case extra:
+		c.gateway.extra.Add(-1)
+	case c.guild != nil:
 		c.gateway.sessions.Add(-1)
 	}
 	c.gateway.remove(c)
@@ -253,6 +259,9 @@ func (c *connection) identify(data json.RawMessage) error {
 	if err != nil {
 		return &closeError{protocol.CloseAuthenticationFailed, "authentication failed"}
 	}
+	if c.isExtra() {
+		return errFull
+	}
 	intents, err := strconv.ParseUint(string(d.Intents), 10, 64)
 	if err != nil || !protocol.ValidIntents(intents) {
 		return &closeError{protocol.CloseInvalidIntents, "invalid intents"}
@@ -284,6 +293,15 @@ func (c *connection) identify(data json.RawMessage) error {
 // otherShard marks the session id of a client's shard that the guild does not belong to, among
 // the capabilities.
 const otherShard = 1 << 63
+
+// errFull: clients try again a little later, and keep their sessions.
+var errFull = &closeError{protocol.CloseUnknownError, "the shard is full"}
+
+func (c *connection) isExtra() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.extra
+}
 
 // started ends the attempt to identify or resume.
 func (c *connection) started(err error) error {
@@ -408,6 +426,16 @@ func (c *connection) resume(data json.RawMessage) error {
 	sealed, err := keys.Open(d.SessionID)
 	if err != nil || sealed.User != claims.User {
 		return c.started(guild.ErrNotResumable)
+	}
+	if c.isExtra() {
+		if !c.guild.Attached(sealed.Random) {
+			return errFull
+		}
+		c.gateway.extra.Add(-1)
+		c.gateway.sessions.Add(1) // for as long as it takes the old connection to end
+		c.mu.Lock()
+		c.extra = false
+		c.mu.Unlock()
 	}
 	c.client = guild.Client{
 		Session: c.session.Load(), User: guild.NewUser(claims.User, claims.Name, claims.Bot),

@@ -31,6 +31,9 @@ const (
 	HoldTime = 12 * time.Second
 	// maxHeld bounds the connections that are held at a time.
 	maxHeld = 4096
+	// maxExtra bounds the connections beyond the shard's capacity that may still resume a session
+	// whose old connection has not been missed yet.
+	maxExtra = 256
 	// sendBuffer bounds what the kernel keeps for a slow client.
 	sendBuffer = 256 << 10
 
@@ -92,6 +95,7 @@ type Gateway struct {
 
 	held     atomic.Int64
 	sessions atomic.Int64
+	extra    atomic.Int64
 	draining atomic.Bool   // clients that come now are held
 	quit     chan struct{} // closed when nobody is held any longer
 }
@@ -288,6 +292,9 @@ func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) 
 		case g.draining.Load():
 		case place.Guild != nil && g.admit():
 			return place.Guild, nil
+		case place.Guild != nil && time.Until(deadline) < g.o.HoldTime/2 && g.admitExtra():
+			c.extra = true
+			return place.Guild, nil
 		case place.Remote != "" && !c.forwarded:
 			if conn, err := g.dial(place.Remote, request, deadline); err == nil {
 				return nil, conn
@@ -310,6 +317,15 @@ func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) 
 func (g *Gateway) admit() bool {
 	if g.sessions.Add(1) > int64(g.o.Directory.SessionCapacity()) {
 		g.sessions.Add(-1)
+		return false
+	}
+	return true
+}
+
+// admitExtra takes a place among those who may take over another's.
+func (g *Gateway) admitExtra() bool {
+	if g.extra.Add(1) > maxExtra {
+		g.extra.Add(-1)
 		return false
 	}
 	return true

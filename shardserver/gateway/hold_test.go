@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"fmt"
 	"net"
 	"net/http"
 	"strings"
@@ -15,6 +16,7 @@ import (
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/shardserver/guild"
 	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/token"
 )
 
 func TestHeldUntilTheGuildIsThere(t *testing.T) {
@@ -70,6 +72,30 @@ func TestHeldWhileTheServerIsFull(t *testing.T) {
 	if n := w.gateway.Sessions(); n != 1 {
 		t.Errorf("%d sessions", n)
 	}
+}
+
+// TestAFullShardLetsSessionsComeBack: they take over from connections that are dead, but not missed yet.
+func TestAFullShardLetsSessionsComeBack(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t, setup{hold: 2 * time.Second, shard: v1.GuildShardSpec{Capacity: v1.ShardCapacity{Sessions: 1}}})
+	sealed := w.keys.Seal(token.Session{Log: w.guild().LogID(), Base: 2, User: user(2), Random: 7})
+	old := w.enter(user(1))
+	missed := w.say("missed")
+	back := old.resume(user(1), missed-1)
+	back.at(missed, "MESSAGE_CREATE")
+	back.dispatch("RESUMED")
+	eventually(t, "the old connection ends", func() bool { return w.gateway.Connections() == 1 && w.gateway.Sessions() == 1 })
+	for name, ask := range map[string]func(c *client){
+		"another one":        func(c *client) { c.send(fmt.Sprintf(`{"op":2,"d":{"token":%q,"intents":0}}`, w.token(user(2)))) },
+		"a session long ago": func(c *client) { c.sendResume(user(2), sealed, 2) },
+	} {
+		c := w.connect()
+		ask(c)
+		if m, err := c.receive(); !websocket.IsCloseError(err, protocol.CloseUnknownError) {
+			t.Errorf("%s: %v %v", name, m, err)
+		}
+	}
+	eventually(t, "the others are gone", func() bool { return w.gateway.extra.Load() == 0 })
 }
 
 func TestDrain(t *testing.T) {

@@ -22,7 +22,7 @@ var (
 // registry is who is connected. It is not part of the state: it ends with the process.
 type registry struct {
 	mu       sync.Mutex
-	sessions map[uint64]*attached // by the session id's random part
+	sessions map[uint64]attached  // by the session id's random part
 	users    map[snowflake.ID]int // sessions of each user
 	// away are users who are no members, and may come back to a session that they had: when they
 	// join meanwhile, the session has to find its GUILD_CREATE in the stream.
@@ -38,7 +38,7 @@ type attached struct {
 }
 
 func (r *registry) init() {
-	r.sessions = map[uint64]*attached{}
+	r.sessions = map[uint64]attached{}
 	r.users = map[snowflake.ID]int{}
 	r.away = map[snowflake.ID]struct{}{}
 }
@@ -68,14 +68,14 @@ func (r *registry) joined(user snowflake.ID) bool {
 // attach registers a session. A session of the same id that is still there is ended: the newest counts.
 func (r *registry) attach(random uint64, user snowflake.ID, s *fanout.Session) {
 	r.mu.Lock()
-	old := r.sessions[random]
+	old := r.sessions[random].session
 	if old == nil {
 		r.users[user]++
 	}
-	r.sessions[random] = &attached{session: s, user: user}
+	r.sessions[random] = attached{session: s, user: user}
 	r.mu.Unlock()
 	if old != nil {
-		old.session.End(errTakenOver)
+		old.End(errTakenOver)
 	}
 }
 
@@ -86,7 +86,7 @@ func (r *registry) detach(random uint64, s *fanout.Session) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	a := r.sessions[random]
-	if a == nil || a.session != s {
+	if a.session != s {
 		return
 	}
 	delete(r.sessions, random)
@@ -202,6 +202,13 @@ func (g *Guild) follow(c Client, start fanout.Start) error {
 	}
 	g.sessions.attach(c.Random, c.User.ID, c.Session)
 	return nil
+}
+
+// Attached says whether a session is there whose id has this random part.
+func (g *Guild) Attached(random uint64) bool {
+	g.sessions.mu.Lock()
+	defer g.sessions.mu.Unlock()
+	return g.sessions.sessions[random].session != nil
 }
 
 // Detach forgets a session that has ended.

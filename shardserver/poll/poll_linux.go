@@ -117,7 +117,7 @@ func (p *Poller) run() {
 		err := p.raw.Read(func(fd uintptr) bool {
 			var err error
 			n, err = syscall.EpollWait(int(fd), events[:], 0)
-			return err != syscall.EINTR && n != 0 //nolint:errorlint // an errno, never wrapped
+			return err != syscall.EINTR && n != 0
 		})
 		if err != nil || n < 0 {
 			return // closed
@@ -146,7 +146,7 @@ func readNow(conn net.Conn, p []byte) (n int, err error) {
 	err = raw.Read(func(fd uintptr) bool {
 		for {
 			n, errno = syscall.Read(int(fd), p)
-			if errno != syscall.EINTR { //nolint:errorlint // an errno, never wrapped
+			if errno != syscall.EINTR {
 				return true
 			}
 		}
@@ -154,7 +154,7 @@ func readNow(conn net.Conn, p []byte) (n int, err error) {
 	switch {
 	case err != nil:
 		return 0, err
-	case errno == syscall.EAGAIN: //nolint:errorlint // likewise
+	case errno == syscall.EAGAIN:
 		return 0, ErrNothing
 	case errno != nil:
 		return 0, &net.OpError{Op: "read", Net: "tcp", Source: conn.LocalAddr(), Addr: conn.RemoteAddr(), Err: os.NewSyscallError("read", errno)}

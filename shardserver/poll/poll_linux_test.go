@@ -15,7 +15,7 @@ func pair(t *testing.T) (server, client *net.TCPConn) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close() //nolint:errcheck // the test is over
+	defer ln.Close()
 	dialed, err := net.Dial("tcp", ln.Addr().String())
 	if err != nil {
 		t.Fatal(err)
@@ -49,7 +49,7 @@ func TestPoller(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close() //nolint:errcheck // the test is over
+	defer p.Close()
 	events := make(chan string, 8)
 	a, peerA := pair(t)
 	b, peerB := pair(t)
@@ -97,7 +97,7 @@ func TestClosedConnectionsAreNotMistaken(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer p.Close() //nolint:errcheck // the test is over
+	defer p.Close()
 	var wrong atomic.Int32
 	for range 200 { // descriptors are given out again at once
 		old, peer := pair(t)

@@ -7,6 +7,7 @@ package protocol
 import (
 	"encoding/binary"
 	"encoding/json"
+	"slices"
 	"strconv"
 )
 
@@ -119,7 +120,7 @@ func Dispatch(t string, seq uint64, data []byte) (frame, body []byte) {
 func DispatchParts(t string, seq uint64, shared, own []byte) (head, tail []byte) {
 	opening := `{"t":"` + t + `","s":` + strconv.FormatUint(seq, 10) + `,"op":0,"d":`
 	n := len(opening) + len(shared) + len(own) + 1
-	return append(frameHeader(0x81, n, len(opening)), opening...), append(own[:len(own):len(own)], '}')
+	return append(frameHeader(0x81, n, len(opening)), opening...), append(slices.Clip(own), '}')
 }
 
 // Noop is a no-op dispatch with number seq, as a frame.
