@@ -362,15 +362,17 @@ func TestScenes(t *testing.T) {
 			s.stream.Publish(s.model.frame(1, 1, 0))
 			s.got(a, "noop 1", "close")
 		},
-		"a no-op comes when an eighth of the retention was not let through": func(s *scene) {
+		"a no-op comes when an eighth to a fourth of the retention was not let through": func(s *scene) {
 			a := s.connect(unlimited)
-			s.retain(Retention{Bytes: 8 * 3 * 140, Age: time.Hour})
+			s.retain(Retention{Bytes: 8 * 210, Age: time.Hour})
 			s.follow(a, live)
 			const pad = 140 - 128 - len("f 0 \n")
-			s.stream.Publish(s.model.frame(1, 0, pad), s.model.frame(2, 1, pad), s.model.frame(3, 1, pad))
+			s.stream.Publish(s.model.frame(1, 0, pad), s.model.frame(2, 1, pad))
 			synctest.Wait()
+			s.stream.Publish(s.model.frame(3, 1, pad)) // twice 140: due, but nothing looks
+			s.got(a, "f 0")
 			s.stream.Publish(s.model.frame(4, 1, pad))
-			synctest.Wait()
+			s.got(a, "f 0", "noop 4")
 			s.stream.Publish(s.model.frame(5, 1, pad), s.model.frame(6, 0, pad))
 			synctest.Wait()
 			s.stream.Publish(s.model.frame(7, 1, pad), s.model.frame(8, 1, pad))

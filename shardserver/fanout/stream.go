@@ -82,7 +82,7 @@ func (s *Stream) Retain(window, whole Retention) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.retention = window
-	s.idleBytes.Store(min(whole.Bytes/idleNoop, window.Bytes/2)) // the window costs less to replay than the history
+	s.idleBytes.Store(min(whole.Bytes/idleNoop, window.Bytes/4)) // the window costs less to replay than the history
 	s.idleTime.Store(whole.Age.Milliseconds() / idleNoop)
 	s.lagTime.Store(min(whole.Age.Milliseconds()/idleNoop, window.Age.Milliseconds()/2))
 	s.drop(s.core.now().UnixMilli())

@@ -197,6 +197,9 @@ func (g *Gateway) remove(c *connection) {
 // Held is the number of connections that wait for their guild.
 func (g *Gateway) Held() int { return int(g.held.Load()) }
 
+// HalfSent is the number of messages of which a part has come and the rest is waited for.
+func (g *Gateway) HalfSent() int { return int(g.halfSent.Load()) }
+
 // Spliced is the number of connections that are forwarded to another pod.
 func (g *Gateway) Spliced() int {
 	g.mu.Lock()

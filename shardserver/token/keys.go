@@ -3,6 +3,8 @@
 package token
 
 import (
+	"crypto/aes"
+	"crypto/cipher"
 	"crypto/hkdf"
 	"crypto/rand"
 	"crypto/sha256"
@@ -34,8 +36,8 @@ type Keys struct {
 
 type key struct {
 	id      string
-	signing []byte // HMAC-SHA256 of user tokens
-	sealing []byte // AES-256-GCM of session ids
+	signing []byte      // HMAC-SHA256 of user tokens
+	sealing cipher.AEAD // AES-256-GCM of session ids
 }
 
 // GenerateKey makes a key at random, in the form "<key id>.<32 bytes, base64url>".
@@ -91,8 +93,20 @@ func parseKey(s string) (*key, error) {
 	return &key{
 		id:      id,
 		signing: derive(secret, "guildhall user token v1"),
-		sealing: derive(secret, "guildhall session id v1"),
+		sealing: newGCM(derive(secret, "guildhall session id v1")),
 	}, nil
+}
+
+func newGCM(secret []byte) cipher.AEAD {
+	block, err := aes.NewCipher(secret)
+	if err != nil { // only for impossible key lengths
+		panic(err)
+	}
+	aead, err := cipher.NewGCM(block)
+	if err != nil {
+		panic(err)
+	}
+	return aead
 }
 
 func derive(secret []byte, purpose string) []byte {

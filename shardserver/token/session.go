@@ -1,8 +1,6 @@
 package token
 
 import (
-	"crypto/aes"
-	"crypto/cipher"
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/binary"
@@ -55,7 +53,7 @@ func (k *Keys) Seal(s Session) string {
 	plain = binary.BigEndian.AppendUint64(plain, s.Capabilities)
 	plain = binary.BigEndian.AppendUint32(plain, uint32(s.Issued.Unix()))
 
-	aead := k.current.aead()
+	aead := k.current.sealing
 	nonce := make([]byte, aead.NonceSize(), aead.NonceSize()+len(plain)+aead.Overhead())
 	rand.Read(nonce)
 	sealed := aead.Seal(nonce, nonce, plain, []byte(k.current.id))
@@ -73,7 +71,7 @@ func (k *Keys) Open(id string) (Session, error) {
 		return Session{}, ErrSession
 	}
 	sealed, err := decode(encoded)
-	aead := key.aead()
+	aead := key.sealing
 	if err != nil || len(sealed) < aead.NonceSize() {
 		return Session{}, ErrSession
 	}
@@ -90,16 +88,4 @@ func (k *Keys) Open(id string) (Session, error) {
 	s.Capabilities = binary.BigEndian.Uint64(plain[32:])
 	s.Issued = time.Unix(int64(binary.BigEndian.Uint32(plain[40:])), 0)
 	return s, nil
-}
-
-func (k *key) aead() cipher.AEAD {
-	block, err := aes.NewCipher(k.sealing)
-	if err != nil { // only for impossible key lengths
-		panic(err)
-	}
-	aead, err := cipher.NewGCM(block)
-	if err != nil {
-		panic(err)
-	}
-	return aead
 }
