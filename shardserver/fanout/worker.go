@@ -49,7 +49,8 @@ func (f *follower) note(s *Session) {
 // unseen says whether none of the sessions is sent anything of what was published since the last round,
 // a no-op neither, so that they need not be touched: when thousands join, hardly anybody may be told of it.
 func (f *follower) unseen(frames []*Frame) bool {
-	if len(f.views) > maxViews || f.worker.clock.Load()-f.at >= f.stream.lagTime.Load() {
+	w := f.worker
+	if len(f.views) > maxViews || w.clock.Load()-f.at >= f.stream.lagTime.Load() || w.parked.Load() > 0 { // a round looks after those
 		return false
 	}
 	n, at, ok := f.stream.window(frames, f.looked, 0)
