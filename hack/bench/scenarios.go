@@ -90,6 +90,31 @@ func storm(ctx context.Context, o options, name string, n int) ([]result, error)
 	return results, err
 }
 
+// startWarm starts Guildhall with so many guilds, connects n sessions to the first, and publishes for a
+// moment. end ends both processes.
+func startWarm(ctx context.Context, o options, n, guilds int) (server *server, clients *clients, end func(), err error) {
+	s, err := systemNamed(guildhallName)
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if server, err = startServer(ctx, s, o.shardserver, guilds); err != nil {
+		return nil, nil, nil, err
+	}
+	if clients, err = server.startClients(ctx, s, n); err != nil {
+		server.end()
+		return nil, nil, nil, err
+	}
+	end = func() {
+		clients.end()
+		server.end()
+	}
+	if _, err = clients.ask(phase{Length: warmUp}); err != nil {
+		end()
+		return nil, nil, nil, err
+	}
+	return server, clients, end, nil
+}
+
 const (
 	stuckPart = 10               // of so many sessions one does not read
 	fillTime  = 60 * time.Second // within which the kernel takes no more for any of them
@@ -98,23 +123,11 @@ const (
 // stuck measures Guildhall flat out, first with all sessions reading, then with a part of them stuck
 // and their sockets full. In the end those read again, and miss nothing.
 func stuck(ctx context.Context, o options, n, _ int) ([]result, error) {
-	s, err := systemNamed(guildhallName)
+	server, clients, end, err := startWarm(ctx, o, n, 1)
 	if err != nil {
 		return nil, err
 	}
-	server, err := startServer(ctx, s, o.shardserver, 1)
-	if err != nil {
-		return nil, err
-	}
-	defer server.end()
-	clients, err := server.startClients(ctx, s, n)
-	if err != nil {
-		return nil, err
-	}
-	defer clients.end()
-	if _, err := clients.ask(phase{Length: warmUp}); err != nil {
-		return nil, err
-	}
+	defer end()
 	var results []result
 	for _, count := range []int{0, max(n/stuckPart, 1)} {
 		p := phase{Length: o.length, Stuck: count}
@@ -163,29 +176,21 @@ const (
 // quiet measures a guild flat out, first alone, then beside many others with a session each, that have
 // an event now and then.
 func quiet(ctx context.Context, o options, n, _ int) ([]result, error) {
-	s, err := systemNamed(guildhallName)
+	server, hot, end, err := startWarm(ctx, o, n, 1+quietGuilds)
 	if err != nil {
 		return nil, err
 	}
-	server, err := startServer(ctx, s, o.shardserver, 1+quietGuilds)
-	if err != nil {
-		return nil, err
-	}
-	defer server.end()
-	hot, err := server.startClients(ctx, s, n)
-	if err != nil {
-		return nil, err
-	}
-	defer hot.end()
-	if _, err := hot.ask(phase{Length: warmUp}); err != nil {
-		return nil, err
-	}
+	defer end()
 	first, err := measure(ctx, server, hot, phase{Length: o.length})
 	if err != nil {
 		return nil, err
 	}
 	first.system, first.mode = guildhallName, alone
 
+	s, err := systemNamed(guildhallName)
+	if err != nil {
+		return nil, err
+	}
 	config := server.clientConfig(s, quietGuilds)
 	config.Guild, config.Guilds = guildID+1, quietGuilds
 	others, err := startClients(ctx, config)
