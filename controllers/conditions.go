@@ -36,6 +36,7 @@ const (
 	reasonShardNotReady       = "ShardNotReady"
 	reasonOpening             = "Opening"
 	reasonOpenFailed          = "OpenFailed"
+	reasonLogMissing          = "LogMissing"
 	reasonDeleting            = "Deleting"
 
 	reasonPodMissing    = "PodMissing"
@@ -50,6 +51,7 @@ const (
 
 	reasonInMemory = "InMemory"
 	reasonOnDisk   = "OnDisk"
+	reasonDiskFull = "DiskFull"
 
 	reasonActive   = "Active"
 	reasonCordoned = "Cordoned"

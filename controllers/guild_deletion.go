@@ -12,6 +12,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/log"
 
 	v1 "guildhall.dev/guildhall/api/v1"
+	"guildhall.dev/guildhall/shardserver/report"
 )
 
 // reconcileDeleted lets a Guild go when its shard has let go of it, or at the deadline.
@@ -59,8 +60,8 @@ func (r *guildReconciler) released(ctx context.Context, guild *v1.Guild, seen ti
 	// Only a report that was asked for after the deletion counts: before, the guild may have
 	// been about to open.
 	reports := r.inventory.shard(key, ref.uid, r.clock.Now())
-	_, held := r.inventory.guild(key, ref.uid, guild.UID)
-	if reports.freshness == fresh && reports.asked.After(seen) && !held {
+	g, reported := r.inventory.guild(key, ref.uid, guild.UID)
+	if reports.freshness == fresh && reports.asked.After(seen) && !(reported && holdsDeleted(guild)(g)) {
 		return true, nil
 	}
 	r.hurry(key)
@@ -81,8 +82,16 @@ func (r *guildReconciler) neverPlaced(ctx context.Context, guild *v1.Guild) (boo
 	for i := range shards.Items {
 		refs = append(refs, refOf(&shards.Items[i]))
 	}
-	held, complete := r.inventory.holds(refs, guild.Namespace, guild.UID)
+	held, complete := r.inventory.holds(refs, guild.Namespace, guild.UID, holdsDeleted(guild))
 	return complete && !held, nil
+}
+
+// holdsDeleted says whether a shard that reports a deleted guild is not yet done with it: it serves it, or has
+// yet to erase its log.
+func holdsDeleted(guild *v1.Guild) func(report.Guild) bool {
+	return func(g report.Guild) bool {
+		return g.State != report.Stored || guild.Spec.DeletionPolicy == v1.DeletionDelete
+	}
 }
 
 // seenDeleting returns when this process first saw the Guild being deleted.

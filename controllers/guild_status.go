@@ -136,10 +136,21 @@ func (v guildView) ready() verdict {
 		return isFalse(reasonShardNotReady, fmt.Sprintf("shard %s does not report", d.shard.name))
 	case v.serving():
 		return isTrue(reasonServing, "")
+	case v.reported && v.entry.State == report.LogMissing:
+		return isFalse(reasonLogMissing, fmt.Sprintf("shard %s: %s. To give that log up and start a new one, annotate the Guild: %s=%s",
+			d.shard.name, v.entry.Message, v1.AnnotationTakeOver, logOf(v.guild)))
 	case v.reported && v.entry.State == report.Failed:
 		return isFalse(reasonOpenFailed, fmt.Sprintf("shard %s: %s", d.shard.name, firstOf(v.entry.Message, "the log could not be opened")))
 	}
 	return isFalse(reasonOpening, fmt.Sprintf("shard %s is opening the guild", d.shard.name))
+}
+
+// logOf is the log that a Guild's status names.
+func logOf(guild *v1.Guild) string {
+	if p := guild.Status.Placement; p != nil {
+		return p.LogID
+	}
+	return ""
 }
 
 func (v guildView) loadFresh() verdict {

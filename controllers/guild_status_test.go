@@ -80,6 +80,14 @@ func TestGuildReadyReasons(t *testing.T) {
 			func(v *guildView) { v.entry.State, v.entry.Message = report.Failed, "disk full" },
 			"!OpenFailed", reasonPlaced, reasonAccepted, reasonReported, "shard shard-a: disk full",
 		},
+		"the disk lacks its log": {
+			func(v *guildView) {
+				v.guild.Status.Placement = &v1.GuildPlacementStatus{ShardName: "shard-a", ShardUID: string(v.decision.shard.uid), LogID: "80"}
+				v.entry.State, v.entry.Message, v.entry.LogID = report.LogMissing, "no such log", ""
+			},
+			"!LogMissing", reasonPlaced, reasonAccepted, reasonReported,
+			"shard shard-a: no such log. To give that log up and start a new one, annotate the Guild: guildhall.dev/take-over=80",
+		},
 		"relays are asked for": {
 			func(v *guildView) {
 				v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysManual, Replicas: new(int32(3))}

@@ -107,24 +107,25 @@ func (f shardFacts) setReady(w conditionWriter) {
 
 // setReported sets the conditions that come from the shard's report.
 func (f shardFacts) setReported(w conditionWriter) {
-	inMemory := isFalse(reasonInMemory, "the logs of the guilds are in memory and end with the process")
-	if f.shard.Spec.Storage != nil {
-		inMemory.message = "the logs of the guilds are in memory and end with the process: the shard server does not use its volume yet"
+	logs := isFalse(reasonInMemory, "the logs of the guilds are in memory and end with the process")
+	switch {
+	case f.reports.disk.full:
+		logs = isFalse(reasonDiskFull, "the volume has too little room left: nothing is appended, and publishers are answered 507, until retention or a larger spec.storage.size makes room")
+	case f.reports.disk.durable:
+		logs = isTrue(reasonOnDisk, "")
+	case f.shard.Spec.Storage != nil:
+		logs.message += ": the pod is yet to be replaced by one with the volume"
 	}
 	switch f.reports.freshness {
 	case fresh:
 		w.set(condLoadFresh, isTrue(reasonReported, ""))
-		if f.reports.durable {
-			w.set(condDurable, isTrue(reasonOnDisk, ""))
-		} else {
-			w.set(condDurable, inMemory)
-		}
+		w.set(condDurable, logs)
 	case stale:
 		w.set(condLoadFresh, isFalse(reasonStale, fmt.Sprintf("no report for %s", staleAfter)))
-		w.keep(condDurable, inMemory)
+		w.keep(condDurable, logs)
 	default:
 		w.keep(condLoadFresh, isFalse(reasonNotReported, "waiting for the first report"))
-		w.keep(condDurable, inMemory)
+		w.keep(condDurable, logs)
 	}
 }
 

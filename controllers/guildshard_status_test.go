@@ -59,8 +59,12 @@ func TestShardReasons(t *testing.T) {
 			"!Deleting", "!InMemory", "!Deleting", reasonReported,
 		},
 		"logs on disk": {
-			func(f *shardFacts) { f.reports.durable = true },
+			func(f *shardFacts) { f.reports.disk.durable = true },
 			reasonServing, reasonOnDisk, reasonActive, reasonReported,
+		},
+		"the disk is full": {
+			func(f *shardFacts) { f.reports.disk = disk{durable: true, full: true} },
+			reasonServing, "!DiskFull", reasonActive, reasonReported,
 		},
 		"cordoned": {
 			func(f *shardFacts) { f.shard.Spec.Availability = v1.ShardCordoned },

@@ -44,7 +44,7 @@ type shardRecord struct {
 	complete bool
 	bootID   string
 	version  string
-	durable  bool
+	disk     disk
 	revision int64
 	load     report.Load
 	guilds   map[types.UID]report.Guild
@@ -60,8 +60,13 @@ type shardView struct {
 	asked     time.Time
 	bootID    string
 	version   string
-	durable   bool
+	disk      disk
 	load      report.Load
+}
+
+// disk is what a shard says of where its logs are.
+type disk struct {
+	durable, full bool
 }
 
 // news says whom a report concerns.
@@ -129,7 +134,7 @@ func (inv *inventory) take(key types.NamespacedName, uid types.UID, rep *report.
 	}
 	var n news
 	n.process = r.bootID != rep.BootID || r.freshness(now) != fresh || r.told != fresh
-	n.shard = n.process || r.durable != rep.Durable || r.version != rep.Version ||
+	n.shard = n.process || r.disk != diskOf(rep) || r.version != rep.Version ||
 		rounded(r.toldLoad.Sessions) != rounded(rep.Load.Sessions) || loadMoved(r.toldLoad, rep.Load)
 	if n.shard {
 		r.toldLoad = rep.Load
@@ -170,7 +175,7 @@ func (inv *inventory) take(key types.NamespacedName, uid types.UID, rep *report.
 		r.guilds[uid] = g
 	}
 
-	r.bootID, r.version, r.durable = rep.BootID, rep.Version, rep.Durable
+	r.bootID, r.version, r.disk = rep.BootID, rep.Version, diskOf(rep)
 	r.revision, r.complete = rep.Revision, true
 	r.load, r.lastSeen, r.asked, r.told = rep.Load, now, asked, fresh
 	return n
@@ -207,9 +212,11 @@ func (inv *inventory) shard(key types.NamespacedName, uid types.UID, now time.Ti
 	}
 	return shardView{
 		freshness: r.freshness(now), complete: r.complete, asked: r.asked,
-		bootID: r.bootID, version: r.version, durable: r.durable, load: r.load,
+		bootID: r.bootID, version: r.version, disk: r.disk, load: r.load,
 	}
 }
+
+func diskOf(rep *report.Report) disk { return disk{durable: rep.Durable, full: rep.DiskFull} }
 
 // guild returns a guild as its shard last reported it.
 func (inv *inventory) guild(key types.NamespacedName, shardUID, guild types.UID) (report.Guild, bool) {
@@ -223,8 +230,9 @@ func (inv *inventory) guild(key types.NamespacedName, shardUID, guild types.UID)
 	return g, ok
 }
 
-// holds says whether any shard of a namespace has the guild, and whether all of them are known.
-func (inv *inventory) holds(shards []shardRef, namespace string, guild types.UID) (held, complete bool) {
+// holds says whether any shard of a namespace has the guild, by a test of what it reports, and whether all of
+// them are known.
+func (inv *inventory) holds(shards []shardRef, namespace string, guild types.UID, has func(report.Guild) bool) (held, complete bool) {
 	inv.mu.Lock()
 	defer inv.mu.Unlock()
 	complete = true
@@ -234,7 +242,7 @@ func (inv *inventory) holds(shards []shardRef, namespace string, guild types.UID
 			complete = false
 			continue
 		}
-		if _, ok := r.guilds[guild]; ok {
+		if g, ok := r.guilds[guild]; ok && has(g) {
 			held = true
 		}
 	}
@@ -247,7 +255,7 @@ func (inv *inventory) identities(namespace string, shards []shardRef) (missing [
 	inv.mu.Lock()
 	defer inv.mu.Unlock()
 	bookings = map[types.UID]booking{}
-	epochs := map[types.UID]int64{}
+	holders := map[types.UID]report.Guild{}
 	shards = slices.SortedFunc(slices.Values(shards), func(a, b shardRef) int { return cmp.Compare(a.name, b.name) })
 	for _, s := range shards {
 		r := inv.shards[types.NamespacedName{Namespace: namespace, Name: s.name}]
@@ -256,13 +264,20 @@ func (inv *inventory) identities(namespace string, shards []shardRef) (missing [
 			continue
 		}
 		for uid, g := range r.guilds {
-			// Of two holders the one with the later epoch has taken over.
-			if _, ok := bookings[uid]; ok && epochs[uid] >= g.Epoch {
+			if other, ok := holders[uid]; ok && !comesBefore(g, other) {
 				continue
 			}
-			bookings[uid] = booking{id: g.ID, shard: s}
-			epochs[uid] = g.Epoch
+			bookings[uid], holders[uid] = booking{id: g.ID, shard: s}, g
 		}
 	}
 	return missing, bookings
+}
+
+// comesBefore says which of two reports of one guild, from different shards, counts: of two holders the one with
+// the later epoch has taken over, and who merely has a log on disk is none.
+func comesBefore(a, b report.Guild) bool {
+	if stored := a.State == report.Stored; stored != (b.State == report.Stored) {
+		return !stored
+	}
+	return a.Epoch > b.Epoch
 }

@@ -2,6 +2,7 @@ package controllers
 
 import (
 	"fmt"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 )
@@ -60,16 +61,24 @@ func containerHealth(s corev1.ContainerStatus) podHealth {
 		}
 		return podHealth{reasonImageNotFound, fmt.Sprintf("%s: the kubelet cannot get image %q", reason, s.Image)}
 	case waiting != nil && waiting.Reason == "CrashLoopBackOff" && ended != nil:
-		return podHealth{reasonPodNotReady, fmt.Sprintf("CrashLoopBackOff: the container ends with exit code %d (%s)", ended.ExitCode, ended.Reason)}
+		return podHealth{reasonPodNotReady, "CrashLoopBackOff: the container ends with " + endOf(ended)}
 	case waiting != nil && waiting.Reason != "" && waiting.Reason != "ContainerCreating" && waiting.Reason != "PodInitializing":
 		return podHealth{reasonPodNotReady, fmt.Sprintf("%s: %s", waiting.Reason, waiting.Message)}
 	case s.State.Terminated != nil:
-		t := s.State.Terminated
-		return podHealth{reasonPodNotReady, fmt.Sprintf("the container has ended with exit code %d (%s)", t.ExitCode, t.Reason)}
+		return podHealth{reasonPodNotReady, "the container has ended with " + endOf(s.State.Terminated)}
 	case s.State.Running != nil:
 		return podHealth{reasonPodNotReady, "the container runs and is not ready yet"}
 	}
 	return podHealth{reasonPodNotReady, "the pod is starting"}
+}
+
+// endOf is how a container ended, and what it said of it.
+func endOf(t *corev1.ContainerStateTerminated) string {
+	end := fmt.Sprintf("exit code %d (%s)", t.ExitCode, t.Reason)
+	if said := strings.TrimSpace(t.Message); said != "" {
+		end += ": " + said
+	}
+	return end
 }
 
 func podReady(pod *corev1.Pod) bool {

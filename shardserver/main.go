@@ -47,8 +47,20 @@ func main() {
 	case errors.Is(err, errUsage):
 		os.Exit(2)
 	default:
-		fmt.Fprintln(os.Stderr, "shardserver:", err)
+		explain(err)
 		os.Exit(1)
+	}
+}
+
+// terminationLog is where Kubernetes looks for what a container has to say in the end.
+const terminationLog = "/dev/termination-log"
+
+// explain says why the process ends.
+func explain(err error) {
+	fmt.Fprintln(os.Stderr, "shardserver:", err)
+	if f, err2 := os.OpenFile(terminationLog, os.O_WRONLY|os.O_TRUNC, 0); err2 == nil {
+		fmt.Fprintln(f, err)
+		f.Close()
 	}
 }
 

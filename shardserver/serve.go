@@ -28,6 +28,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/directory"
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/gateway"
+	"guildhall.dev/guildhall/shardserver/guildlog"
 	"guildhall.dev/guildhall/shardserver/kube"
 	"guildhall.dev/guildhall/shardserver/manifest"
 	"guildhall.dev/guildhall/shardserver/poll"
@@ -35,6 +36,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/report"
 	"guildhall.dev/guildhall/shardserver/rest"
 	"guildhall.dev/guildhall/shardserver/snowflake"
+	"guildhall.dev/guildhall/shardserver/store"
 	"guildhall.dev/guildhall/shardserver/token"
 )
 
@@ -59,6 +61,8 @@ type config struct {
 	resolvePod            func(shard string) string
 	logger                *slog.Logger
 	holdTime              time.Duration // gateway.HoldTime when 0
+	// die ends the process at once.
+	die func(error)
 }
 
 func serveCommand(ctx context.Context, args []string) error {
@@ -73,13 +77,17 @@ func serveCommand(ctx context.Context, args []string) error {
 	fs.StringVar(&c.adminListen, "admin-listen", ":9090", "address of health, metrics and report")
 	fs.StringVar(&c.keysDir, "keys-dir", defaultKeysDir, "directory of the key set; with --file it is made when missing")
 	fs.StringVar(&c.tlsDir, "tls-dir", "", "directory with tls.crt and tls.key, re-read when they change")
-	fs.StringVar(&c.data, "data-dir", "", "directory of the volume; logs are in memory in this version")
+	fs.StringVar(&c.data, "data-dir", "", "directory of the guilds' logs; empty: they are in memory and end with the process")
 	fs.StringVar(&c.podAddress, "pod-address", "{shard}-0.{shard}-pods.{namespace}.svc:8080",
 		"address of the gateway of another GuildShard's pod")
 	if err := parse(fs, args); err != nil {
 		return err
 	}
 	c.logger = slog.New(slog.NewTextHandler(os.Stderr, nil))
+	c.die = func(err error) {
+		explain(err)
+		os.Exit(1)
+	}
 	switch {
 	case c.file == "" && (c.namespace == "" || c.shardName == "" || c.shardUID == ""):
 		return errors.New("serve: expected --file, or --namespace, --shard-name and --shard-uid")
@@ -94,7 +102,7 @@ func serveCommand(ctx context.Context, args []string) error {
 
 // serve runs a shard server until ctx ends, and then lets its sessions go in an orderly way.
 func serve(ctx context.Context, c config) error {
-	s, err := newServer(c)
+	s, err := newServer(ctx, c)
 	if err != nil {
 		return err
 	}
@@ -108,6 +116,7 @@ type server struct {
 	api       *restclient.Config // without --file
 	keys      atomic.Pointer[token.Keys]
 	core      *fanout.Core
+	store     *store.Store // nil: logs are in memory
 	poller    *poll.Poller // nil where the system has none
 	directory *directory.Directory
 	gateway   *gateway.Gateway
@@ -118,10 +127,9 @@ type server struct {
 }
 
 // newServer makes a server that listens. Its clients wait until it runs.
-func newServer(c config) (*server, error) {
+func newServer(ctx context.Context, c config) (_ *server, err error) {
 	s := &server{config: c}
 	if c.file != "" {
-		var err error
 		if s.alone, err = manifest.Load(c.file); err != nil {
 			return nil, err
 		}
@@ -130,7 +138,6 @@ func newServer(c config) (*server, error) {
 		}
 		s.shardName, s.shardUID = s.alone.Shard.Name, string(s.alone.Shard.UID)
 	} else {
-		var err error
 		rules := clientcmd.NewDefaultClientConfigLoadingRules()
 		if s.api, err = clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig(); err != nil {
 			return nil, fmt.Errorf("finding the Kubernetes API: %w", err)
@@ -141,6 +148,16 @@ func newServer(c config) (*server, error) {
 		return nil, err
 	}
 	s.keys.Store(keys)
+	if c.data != "" {
+		if s.store, err = openStore(ctx, c.data, c.logger); err != nil {
+			return nil, err
+		}
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, s.store.Close())
+			}
+		}()
+	}
 	if s.listeners, err = s.listenAll(); err != nil {
 		return nil, err
 	}
@@ -153,7 +170,7 @@ func newServer(c config) (*server, error) {
 	})
 	s.directory = directory.New(directory.Options{
 		ShardName: s.shardName, ShardUID: s.shardUID, Version: version, Core: s.core,
-		PodAddress: c.resolvePod, Load: func() report.Load { return s.meter.Load() }, Logger: c.logger,
+		PodAddress: c.resolvePod, Load: s.load, Store: s.store, Logger: c.logger,
 	})
 	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Poller: s.poller, Keys: s.keys.Load, HoldTime: c.holdTime})
 	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
@@ -206,9 +223,16 @@ func (s *server) run(ctx context.Context) (err error) {
 	s.logger.Info("shard server started", "version", version, "shard", s.shardName,
 		"gateway", s.listeners.plain.Addr(), "admin", s.listeners.admin.Addr())
 
+	var storeFailed <-chan struct{}
+	if s.store != nil {
+		storeFailed = s.store.Failed()
+	}
 	select {
 	case <-ctx.Done():
 	case err = <-failed:
+	case <-storeFailed:
+		// What is on disk is not known, so nobody is told anything any more, and nothing is waited for.
+		s.die(s.store.Err())
 	}
 	s.logger.Info("shard server stopping")
 	s.draining.Store(true)
@@ -222,7 +246,44 @@ func (s *server) run(ctx context.Context) (err error) {
 		}
 	}
 	s.rest.Close()
+	if s.store != nil {
+		err = errors.Join(err, s.store.Close())
+	}
 	return err
+}
+
+// lockTime is how long a server waits for another process to let go of its directory: the one before it may still be ending.
+const lockTime = time.Minute
+
+// openStore opens the store when no other process has it open any more.
+func openStore(ctx context.Context, dir string, logger *slog.Logger) (*store.Store, error) {
+	o := store.Options{Retention: guildlog.Retention{Bytes: directory.DefaultRetentionBytes, Age: directory.DefaultRetentionAge}, Logger: logger}
+	for deadline := time.Now().Add(lockTime); ; {
+		s, err := store.Open(dir, o)
+		if !errors.Is(err, store.ErrLocked) || time.Now().After(deadline) {
+			if err != nil {
+				return nil, fmt.Errorf("--data-dir: %w", err)
+			}
+			return s, nil
+		}
+		logger.Warn("waiting for another process to let go of the logs", "dir", dir)
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("--data-dir: %w", err)
+		case <-time.After(time.Second):
+		}
+	}
+}
+
+// load is what the process does.
+func (s *server) load() report.Load {
+	l := s.meter.Load()
+	if s.store != nil {
+		if stats, err := s.store.Stats(); err == nil {
+			l.DiskUsedBytes = int64(stats.DiskUsed)
+		}
+	}
+	return l
 }
 
 type listeners struct {
@@ -425,5 +486,8 @@ func (s *server) metrics() prometheus.Gatherer {
 	counter("writes_total", "Write calls on sockets of sessions.", func() float64 { return float64(s.core.Stats().Writes) })
 	counter("written_bytes_total", "Bytes written to sockets of sessions.", func() float64 { return float64(s.core.Stats().Bytes) })
 	counter("overruns_total", "Sessions closed since they fell behind what their guild keeps.", func() float64 { return float64(s.core.Stats().Overruns) })
+	if s.store != nil {
+		r.MustRegister(storeCollector{s.store})
+	}
 	return r
 }

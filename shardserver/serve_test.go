@@ -31,6 +31,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/report"
 	"guildhall.dev/guildhall/shardserver/snowflake"
+	"guildhall.dev/guildhall/shardserver/store"
 	"guildhall.dev/guildhall/shardserver/token"
 )
 
@@ -76,7 +77,7 @@ spec: {id: %q, access: {join: Open}}
 // start runs a server until the test ends.
 func start(t *testing.T, c config) *running {
 	t.Helper()
-	s, err := newServer(c)
+	s, err := newServer(context.Background(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,11 +142,19 @@ func (r *running) admin(path string) (int, string) {
 // publish asks for events to be published.
 func (r *running) publish(id, body string) (int, string, error) {
 	r.t.Helper()
+	return r.publishKey(id, "", body)
+}
+
+func (r *running) publishKey(id, key, body string) (int, string, error) {
+	r.t.Helper()
 	request, err := http.NewRequest(http.MethodPost, "http://"+r.address()+"/g/"+id+"/api/v10/guilds/"+id+"/events", strings.NewReader(body))
 	if err != nil {
 		r.t.Fatal(err)
 	}
 	request.Header.Set("Authorization", "Bot "+r.token(999, true))
+	if key != "" {
+		request.Header.Set("Idempotency-Key", key)
+	}
 	response, err := r.client.Do(request)
 	if err != nil {
 		return 0, "", err
@@ -286,6 +295,85 @@ func TestEndToEnd(t *testing.T) {
 		t.Errorf("the end took %s", took)
 	}
 	group.Wait()
+}
+
+// TestRestartOnDisk: after an end, orderly or not, sessions go on where they were, on the same numbers, and
+// a publisher that asks again is answered as before.
+func TestRestartOnDisk(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "a", guildID)
+	c.data = filepath.Join(t.TempDir(), "data")
+	c.die = func(err error) { t.Error(err) }
+	first := start(t, c)
+	ws := first.dial(guildID)
+	expect(t, ws, protocol.OpHello)
+	identify(t, ws, first.token(1, false))
+	var ready struct {
+		SessionID string `json:"session_id"`
+	}
+	if err := json.Unmarshal(expect(t, ws, "READY").D, &ready); err != nil {
+		t.Fatal(err)
+	}
+	seen := expect(t, ws, "GUILD_CREATE").S
+	const keyed = `{"t":"MESSAGE_CREATE","d":{"n":1}}`
+	status, answer, err := first.publishKey(guildID, "key", keyed)
+	if status != 200 {
+		t.Fatal(status, answer, err)
+	}
+	first.stop()
+	if err := <-first.ended; err != nil {
+		t.Fatal(err)
+	}
+
+	second := start(t, c)
+	if status, again, err := second.publishKey(guildID, "key", keyed); status != 200 || again != answer {
+		t.Errorf("%d %s %v, before %s", status, again, err, answer)
+	}
+	if status, answer, err := second.publishKey(guildID, "key", `{"t":"MESSAGE_CREATE","d":{"n":2}}`); status != 422 {
+		t.Error(status, answer, err)
+	}
+	ws = second.dial(guildID)
+	expect(t, ws, protocol.OpHello)
+	if err := ws.WriteJSON(map[string]any{"op": 6, "d": map[string]any{"token": second.token(1, false), "session_id": ready.SessionID, "seq": seen}}); err != nil {
+		t.Fatal(err)
+	}
+	if m := expect(t, ws, "MESSAGE_CREATE"); m.S != seen+1 {
+		t.Errorf("%+v, expected %d", m, seen+1)
+	}
+	expect(t, ws, "RESUMED")
+	if _, body := second.admin("/metrics"); !strings.Contains(body, "guildhall_store_records_total 0\n") || !strings.Contains(body, "guildhall_store_disk_full 0\n") {
+		t.Error(body)
+	}
+	if _, body := second.admin(report.Path); !strings.Contains(body, `"durable":true`) {
+		t.Error(body)
+	}
+}
+
+// TestOneProcessADirectory: a second process waits for the first one's end.
+func TestOneProcessADirectory(t *testing.T) {
+	t.Parallel()
+	c := testConfig(t, "a", guildID)
+	c.data = filepath.Join(t.TempDir(), "data")
+	first := start(t, c)
+	started := make(chan error, 1)
+	go func() {
+		s, err := newServer(context.Background(), c)
+		if err == nil {
+			ended, cancel := context.WithCancel(context.Background())
+			cancel()
+			err = s.run(ended)
+		}
+		started <- err
+	}()
+	ctx, cancel := context.WithTimeout(context.Background(), 50*time.Millisecond)
+	defer cancel()
+	if _, err := newServer(ctx, c); !errors.Is(err, store.ErrLocked) {
+		t.Errorf("a third process, which gives up: %v", err)
+	}
+	first.stop()
+	if err := <-started; err != nil {
+		t.Error(err)
+	}
 }
 
 func TestLimitedListener(t *testing.T) {
@@ -576,7 +664,7 @@ func breakKeys(t *testing.T, dir string) {
 }
 
 func TestAFailedPartEndsTheServer(t *testing.T) {
-	s, err := newServer(testConfig(t, "a", guildID))
+	s, err := newServer(context.Background(), testConfig(t, "a", guildID))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -605,7 +693,7 @@ current-context: c
 	if err := makeKeys(c.keysDir); err != nil {
 		t.Fatal(err)
 	}
-	s, err := newServer(c)
+	s, err := newServer(context.Background(), c)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -70,6 +70,11 @@ type GuildAccess struct {
 	Join JoinPolicy `json:"join,omitempty"`
 }
 
+// AnnotationTakeOver on a Guild gives up the log that status.placement.logID names, which is the annotation's value: the
+// shard starts a new log in its place, with a new logID. What only the old log had is lost: messages, members, channels,
+// roles, and the idempotency keys of publishers. All sessions start over.
+const AnnotationTakeOver = "guildhall.dev/take-over"
+
 // DeletionPolicy says what becomes of data when its object is deleted.
 // +kubebuilder:validation:Enum=Retain;Delete
 type DeletionPolicy string

@@ -19,6 +19,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/report"
 	"guildhall.dev/guildhall/shardserver/snowflake"
+	"guildhall.dev/guildhall/shardserver/store"
 )
 
 // Retention of a guild's log where the GuildShard does not say.
@@ -35,6 +36,8 @@ type Options struct {
 	Version string
 	// Core delivers the guilds' streams.
 	Core *fanout.Core
+	// Store has the guilds' logs; they are in memory when it is nil.
+	Store *store.Store
 	// PodAddress is host and port of the gateway of the pod of another GuildShard.
 	PodAddress func(shardName string) string
 	// Load measures the process for the report.
@@ -46,6 +49,9 @@ type Options struct {
 type Directory struct {
 	o   Options
 	ids snowflake.Source
+
+	// opening is held by the one who opens or ends guilds, which may wait for the disk.
+	opening sync.Mutex
 
 	mu      sync.RWMutex
 	shard   *v1.GuildShard
@@ -67,8 +73,11 @@ type entry struct {
 	object *v1.Guild
 	id     snowflake.ID
 	local  *guild.Guild // held here
-	failed string       // why it could not be opened here
+	failed error        // why it could not be opened here
 }
+
+// retryTime is when a guild that could not be opened is tried again.
+const retryTime = 5 * time.Second
 
 // New makes an empty Directory.
 func New(o Options) *Directory {
@@ -158,15 +167,12 @@ func (d *Directory) notify() {
 // ApplyShard takes the present state of this server's GuildShard.
 func (d *Directory) ApplyShard(s *v1.GuildShard) {
 	d.mu.Lock()
-	defer d.mu.Unlock()
 	d.shard = s
-	r := retentionOf(s)
-	for _, e := range d.guilds {
-		if e.local != nil {
-			e.local.SetRetention(r)
-		}
-	}
 	d.notify()
+	d.mu.Unlock()
+	for _, g := range d.locals() {
+		g.SetRetention(retentionOf(s))
+	}
 }
 
 func retentionOf(s *v1.GuildShard) guildlog.Retention {
@@ -185,10 +191,17 @@ func retentionOf(s *v1.GuildShard) guildlog.Retention {
 // Apply takes the present state of a Guild. A guild is opened when it is placed here, and
 // stopped when it is being deleted or placed elsewhere: never since something is missing.
 func (d *Directory) Apply(g *v1.Guild) {
+	d.opening.Lock()
+	defer d.opening.Unlock()
 	stop, last := d.apply(g)
 	if stop != nil {
 		stop.Close(last)
 		d.o.Logger.Info("guild stopped", "guild", g.Name, "id", stop.ID())
+	}
+	if g.DeletionTimestamp != nil {
+		d.forget(g)
+	} else {
+		d.hold(string(g.UID))
 	}
 }
 
@@ -202,12 +215,12 @@ func (d *Directory) apply(g *v1.Guild) (stop *guild.Guild, last func(seq uint64)
 		if e == nil {
 			return nil, nil
 		}
-		delete(d.guilds, uid)
 		if d.byID[e.id] == e {
 			delete(d.byID, e.id)
 		}
+		stop, e.local = e.local, nil
 		d.notify()
-		return e.local, deletedFrames(e.id)
+		return stop, deletedFrames(e.id)
 	}
 	if e == nil {
 		e = &entry{}
@@ -233,10 +246,11 @@ func (d *Directory) apply(g *v1.Guild) (stop *guild.Guild, last func(seq uint64)
 	if d.byID[e.id] == e && e.id != id {
 		delete(d.byID, e.id)
 	}
+	if former := d.byID[id]; former != nil && former != e { // made anew, while the deletion is not known here
+		stop, former.local = former.local, nil
+	}
 	e.object, e.id, d.byID[id] = g, id, e
-	if d.isMine(g) {
-		d.hold(e)
-	} else {
+	if !d.isMine(g) && e.local != nil {
 		stop, e.local = e.local, nil
 	}
 	// Resources change often, in what does not matter to those who wait.
@@ -246,30 +260,49 @@ func (d *Directory) apply(g *v1.Guild) (stop *guild.Guild, last func(seq uint64)
 	return stop, movedFrames
 }
 
-// hold opens the guild if it is not open, and brings it in line with its spec. d.mu is held.
-func (d *Directory) hold(e *entry) {
-	if d.stopped {
+// hold opens a guild that is placed here, if it is not open, and brings it in line with its spec. d.opening is held.
+func (d *Directory) hold(uid string) {
+	d.mu.RLock()
+	e := d.guilds[uid]
+	if e == nil || d.stopped || d.byID[e.id] != e || !d.isMine(e.object) {
+		d.mu.RUnlock()
 		return
 	}
-	open := e.object.JoinPolicy() == v1.JoinOpen
-	if e.local != nil {
-		e.local.SetOpen(open)
-		e.local.SetName(e.object.DisplayName())
+	object, local := e.object, e.local
+	c := guild.Config{
+		ID: e.id, Name: object.DisplayName(), Open: object.JoinPolicy() == v1.JoinOpen, Channels: bootstrapChannels(object),
+		Retention: retentionOf(d.shard), Core: d.o.Core, IDs: &d.ids, Events: &d.events, Logger: d.o.Logger,
+	}
+	d.mu.RUnlock()
+	if local != nil {
+		local.SetOpen(c.Open)
+		local.SetName(c.Name)
 		return
 	}
-	r := retentionOf(d.shard)
-	local, err := guild.Open(guild.Config{
-		ID: e.id, Name: e.object.DisplayName(), Open: open, Channels: bootstrapChannels(e.object),
-		Retention: r, Log: guildlog.NewMemory(r, time.Now), Core: d.o.Core, IDs: &d.ids,
-		Events: &d.events, Logger: d.o.Logger,
-	})
+	local, err := d.open(object, c)
+
+	d.mu.Lock()
+	if d.stopped && local != nil {
+		d.mu.Unlock()
+		local.Close(movedFrames)
+		return
+	}
+	defer d.mu.Unlock()
 	if err != nil {
-		e.failed = err.Error()
-		d.o.Logger.Error("guild not opened", "guild", e.object.Name, "id", e.id, "error", err)
+		if e.failed == nil || e.failed.Error() != err.Error() {
+			d.o.Logger.Error("guild not opened", "guild", object.Name, "id", c.ID, "error", err)
+		}
+		e.failed = err
+		time.AfterFunc(retryTime, func() {
+			d.opening.Lock()
+			defer d.opening.Unlock()
+			d.hold(uid)
+		})
 		return
 	}
-	e.local, e.failed = local, ""
-	d.o.Logger.Info("guild opened", "guild", e.object.Name, "id", e.id, "log", local.LogID())
+	e.local, e.failed = local, nil
+	d.notify()
+	d.o.Logger.Info("guild opened", "guild", object.Name, "id", e.id, "log", local.LogID())
 }
 
 func bootstrapChannels(g *v1.Guild) (channels []guild.BootstrapChannel) {
@@ -323,6 +356,8 @@ func (d *Directory) Stop() {
 	d.mu.Lock()
 	d.stopped = true
 	d.mu.Unlock()
+	d.opening.Lock() // what is being opened is seen here, or ended there
+	defer d.opening.Unlock()
 	for _, g := range d.locals() {
 		g.Close(movedFrames)
 	}

@@ -3,10 +3,14 @@ package directory
 import (
 	"crypto/rand"
 	"encoding/hex"
+	"errors"
 	"sort"
 	"sync"
 
+	"guildhall.dev/guildhall/shardserver/guildlog"
 	"guildhall.dev/guildhall/shardserver/report"
+	"guildhall.dev/guildhall/shardserver/snowflake"
+	"guildhall.dev/guildhall/shardserver/store"
 )
 
 // maxGone bounds the dropped guilds that a delta can name; beyond it the answer is complete.
@@ -48,7 +52,10 @@ func (d *Directory) Report(bootID string, since int64) report.Report {
 
 	answer := report.Report{
 		BootID: r.bootID, ShardName: d.o.ShardName, ShardUID: d.o.ShardUID, Version: d.o.Version,
-		Revision: r.revision, Guilds: []report.Guild{}, Load: d.o.Load(),
+		Revision: r.revision, Guilds: []report.Guild{}, Load: d.o.Load(), Durable: d.o.Store != nil,
+	}
+	if d.o.Store != nil {
+		answer.DiskFull = errors.Is(d.o.Store.Room(), guildlog.ErrFull)
 	}
 	answer.Complete = bootID != r.bootID || since < r.goneFrom || since > r.revision
 	for _, g := range r.guilds {
@@ -87,15 +94,16 @@ func (r *reporter) update(now map[string]report.Guild) {
 	}
 }
 
-// localGuilds are the guilds that this process holds or is to hold, by uid.
+// localGuilds are the guilds that this process holds or is to hold, and those whose logs it merely has, by uid.
 func (d *Directory) localGuilds() map[string]report.Guild {
 	d.mu.RLock()
 	defer d.mu.RUnlock()
-	guilds := make(map[string]report.Guild)
+	guilds, held := make(map[string]report.Guild), make(map[snowflake.ID]bool)
 	for uid, e := range d.guilds {
 		if e.local == nil && !d.isMine(e.object) {
 			continue
 		}
+		held[e.id] = true
 		g := report.Guild{
 			UID: uid, Namespace: e.object.Namespace, Name: e.object.Name, ID: e.object.Status.ID, State: report.Opening,
 		}
@@ -104,10 +112,21 @@ func (d *Directory) localGuilds() map[string]report.Guild {
 			c := e.local.Counts()
 			g.State, g.LogID, g.Epoch = report.Serving, e.local.LogID().String(), e.local.Epoch()
 			g.LastSeq, g.Members, g.Online, g.Sessions = c.LastSeq, int64(c.Members), int64(c.Online), int64(c.Sessions)
-		case e.failed != "":
-			g.State, g.Message = report.Failed, e.failed
+		case errors.Is(e.failed, store.ErrLogMissing):
+			g.State, g.Message = report.LogMissing, e.failed.Error()
+		case e.failed != nil:
+			g.State, g.Message = report.Failed, e.failed.Error()
 		}
 		guilds[uid] = g
+	}
+	for _, id := range d.stored(held) {
+		if _, known := guilds[id.UID]; known {
+			continue
+		}
+		guilds[id.UID] = report.Guild{
+			UID: id.UID, Namespace: id.Namespace, Name: id.Name, ID: id.Guild.String(), State: report.Stored,
+			LogID: id.Log.String(), Epoch: id.Epoch,
+		}
 	}
 	return guilds
 }

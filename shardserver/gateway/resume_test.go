@@ -77,8 +77,8 @@ func TestRefusedResumes(t *testing.T) {
 	}{
 		"a session id of nobody":      {"none", "3", 0},
 		"another user's session":      {seal(token.Session{Log: w.guild().LogID(), Base: 2, User: user(9), Intents: 1}), "3", 0},
-		"a session of another log":    {seal(token.Session{Log: guildlog.NewID(), Base: 2, User: user(1), Intents: 1}), "3", 0},
-		"a number of another log":     {seal(token.Session{Log: guildlog.NewID(), Base: 2, User: user(1), Intents: 1}), "99999", 0},
+		"a session of another log":    {seal(token.Session{Log: guildlog.NewID(false), Base: 2, User: user(1), Intents: 1}), "3", 0},
+		"a number of another log":     {seal(token.Session{Log: guildlog.NewID(false), Base: 2, User: user(1), Intents: 1}), "99999", 0},
 		"a number beyond the last":    {c.session, fmt.Sprint(last + 1), protocol.CloseInvalidSeq},
 		"a negative number":           {c.session, "-1", protocol.CloseInvalidSeq},
 		"a number that is a fraction": {c.session, "1.5", protocol.CloseInvalidSeq},
@@ -204,8 +204,9 @@ func TestOthersHearOfMembers(t *testing.T) {
 	w := newWorld(t, setup{membersOnly: true})
 	w.join(user(1))
 	c := w.enter(user(1))
-	c.at(w.join(user(2)), "GUILD_MEMBER_ADD")
-	c.at(w.leave(user(2))-1, "GUILD_MEMBER_REMOVE") // the last number is of what user 2 alone is told
+	// The last number of each is of what user 2 alone is told.
+	c.at(w.join(user(2))-1, "GUILD_MEMBER_ADD")
+	c.at(w.leave(user(2))-1, "GUILD_MEMBER_REMOVE")
 }
 
 func TestAnOpenGuildIsJoinedByConnecting(t *testing.T) {

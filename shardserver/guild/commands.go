@@ -11,6 +11,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"guildhall.dev/guildhall/shardserver/guildlog"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 )
@@ -62,7 +63,7 @@ func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint
 	if len(key) > MaxKey {
 		return nil, fieldError("Idempotency-Key", fmt.Sprintf("expected at most %d bytes, got %d", MaxKey, len(key)))
 	}
-	bodies := make([][]byte, len(events))
+	bodies, size := make([][]byte, len(events)), 0
 	digest := sha256.New()
 	for i, e := range events {
 		body, err := g.prepare(e)
@@ -73,6 +74,7 @@ func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint
 			return nil, err
 		}
 		bodies[i] = body
+		size += len(body)
 		fmt.Fprintf(digest, "%s %d %v ", e.Type, len(body), e.Users)
 		digest.Write(body)
 	}
@@ -80,23 +82,23 @@ func (g *Guild) Publish(ctx context.Context, key string, events []Event) ([]uint
 		key = "key " + key // apart from the keys of messages
 	}
 	var numbers []uint64
-	err := g.do(ctx, func(t *tx) error {
-		entry, found, err := g.keys.find(key, [32]byte(digest.Sum(nil)), g.now())
+	err := g.do(ctx, size, func(t *tx) error {
+		known, found, err := t.find(key, [32]byte(digest.Sum(nil)))
 		if err != nil {
 			return err
 		}
 		if found {
-			numbers = entry.numbers
+			numbers = known.Numbers
 			return nil
 		}
-		if err := g.state.room(events, bodies); err != nil {
+		if err := t.state.layout.room(events, bodies); err != nil {
 			return err
 		}
 		numbers = make([]uint64, len(events))
 		for i, e := range events {
 			numbers[i] = t.emit(e.Type, bodies[i], e.Users)
 		}
-		g.keys.put(key, [32]byte(digest.Sum(nil)), numbers, nil, g.now())
+		t.remember(guildlog.Key{Name: key, Body: [32]byte(digest.Sum(nil)), Numbers: numbers})
 		return nil
 	})
 	return numbers, err
@@ -158,13 +160,13 @@ func prefixField(prefix string, err error) error {
 
 // Join makes a user a member. It returns the member object, and whether the user was none before.
 func (g *Guild) Join(ctx context.Context, u User) (member json.RawMessage, joined bool, err error) {
-	err = g.do(ctx, func(t *tx) error {
-		if member = g.state.members[u.ID].object; member != nil {
+	err = g.do(ctx, 0, func(t *tx) error {
+		if member = t.state.member(u.ID).object; member != nil {
 			return nil
 		}
 		joined = true
 		t.emit("GUILD_MEMBER_ADD", memberObject(g.id, u, g.now()), nil)
-		member = g.state.members[u.ID].object
+		member = t.state.member(u.ID).object
 		return nil
 	})
 	return member, joined, err
@@ -172,8 +174,8 @@ func (g *Guild) Join(ctx context.Context, u User) (member json.RawMessage, joine
 
 // Leave ends a membership, or fails with ErrNotFound.
 func (g *Guild) Leave(ctx context.Context, user snowflake.ID) error {
-	return g.do(ctx, func(t *tx) error {
-		member := g.state.members[user].object
+	return g.do(ctx, 0, func(t *tx) error {
+		member := t.state.member(user).object
 		if member == nil {
 			return ErrNotFound
 		}
@@ -200,21 +202,21 @@ func (g *Guild) Member(user snowflake.ID) (json.RawMessage, error) {
 func (g *Guild) Object() json.RawMessage {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	return encode(g.state.object(g.id))
+	return encode(g.state.layout.object(g.id))
 }
 
 // Channels returns the channel objects in their order.
 func (g *Guild) Channels() []json.RawMessage {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	return g.state.channelObjects()
+	return g.state.layout.channelObjects()
 }
 
 // Channel returns a channel object, or ErrNotFound.
 func (g *Guild) Channel(id snowflake.ID) (json.RawMessage, error) {
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	if c := g.state.channels[id]; c != nil {
+	if c := g.state.layout.channels[id]; c != nil {
 		return c.Object, nil
 	}
 	return nil, ErrNotFound
@@ -244,18 +246,18 @@ func (g *Guild) CreateChannel(ctx context.Context, n NewChannel) (object json.Ra
 	case len(n.Overwrites) > 0:
 		return nil, errOverwrites
 	}
-	err = g.do(ctx, func(t *tx) error {
-		if len(g.state.channels) >= MaxChannels {
+	err = g.do(ctx, 0, func(t *tx) error {
+		if len(t.state.layout.channels) >= MaxChannels {
 			return fieldError("name", fmt.Sprintf("the guild has %d channels, the most there can be", MaxChannels))
 		}
 		if n.ParentID != nil {
 			parent, err := snowflake.Parse(*n.ParentID)
-			if err != nil || g.state.channels[parent] == nil || g.state.channels[parent].Type != ChannelCategory {
+			if err != nil || t.state.layout.channels[parent] == nil || t.state.layout.channels[parent].Type != ChannelCategory {
 				return fieldError("parent_id", "expected the id of a category of this guild")
 			}
 		}
 		position := 0
-		for _, c := range g.state.channels {
+		for _, c := range t.state.layout.channels {
 			position = max(position, c.Position+1)
 		}
 		if n.Position != nil {
@@ -270,8 +272,8 @@ func (g *Guild) CreateChannel(ctx context.Context, n NewChannel) (object json.Ra
 
 // DeleteChannel deletes a channel and returns what it was, or fails with ErrNotFound.
 func (g *Guild) DeleteChannel(ctx context.Context, id snowflake.ID) (object json.RawMessage, err error) {
-	err = g.do(ctx, func(t *tx) error {
-		c := g.state.channels[id]
+	err = g.do(ctx, 0, func(t *tx) error {
+		c := t.state.layout.channels[id]
 		if c == nil {
 			return ErrNotFound
 		}
@@ -351,9 +353,9 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 		key = fmt.Sprintf("nonce %s %s %s", author.ID, channel, nonce)
 	}
 	var answer json.RawMessage
-	err = g.do(ctx, func(t *tx) error {
-		c := g.state.channels[channel]
-		member := g.state.members[author.ID].object
+	err = g.do(ctx, 0, func(t *tx) error {
+		c := t.state.layout.channels[channel]
+		member := t.state.member(author.ID).object
 		switch {
 		case c == nil:
 			return ErrNotFound
@@ -362,11 +364,12 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 		case member == nil && !backend:
 			return ErrNotMember
 		}
-		now := g.now()
-		if entry, found, _ := g.keys.find(key, [32]byte{}, now); found {
-			answer = entry.answer
-			return nil
+		known, found, err := t.find(key, [32]byte{})
+		if err != nil || found {
+			answer = known.Answer
+			return err
 		}
+		now := g.now()
 		m := message{
 			ID: g.ids.Next(), Type: messageDefault, ChannelID: channel, Author: author, Content: n.Content, Timestamp: timestamp(now),
 			TTS: n.TTS, Mentions: []struct{}{}, MentionRoles: []struct{}{}, Attachments: []struct{}{},
@@ -386,7 +389,7 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 			return fieldError("embeds", fmt.Sprintf("expected a message of at most %d bytes", MaxEventSize))
 		}
 		seq := t.emit("MESSAGE_CREATE", body, nil)
-		g.keys.put(key, [32]byte{}, []uint64{seq}, answer, now)
+		t.remember(guildlog.Key{Name: key, Numbers: []uint64{seq}, Answer: answer})
 		return nil
 	})
 	return answer, err

@@ -25,43 +25,44 @@ func window(r guildlog.Retention) fanout.Retention {
 	return fanout.Retention{Bytes: min(r.Bytes, windowBytes), Age: min(r.Age, windowAge)}
 }
 
+// turn is what a record does to a membership: nothing when user is 0. A record with a turn reserves a number.
+type turn struct {
+	user  snowflake.ID
+	joins bool
+}
+
+// turnOf decodes the turn of a record of GUILD_MEMBER_ADD or GUILD_MEMBER_REMOVE that has one.
+func turnOf(r *guildlog.Record) turn {
+	var ref memberRef
+	mustDecode(r, &ref)
+	return turn{ref.User.ID, r.Type == "GUILD_MEMBER_ADD"}
+}
+
 // frame makes the frame of a record, whose data becomes the frame's own bytes.
-func frame(r *guildlog.Record) *fanout.Frame {
+func frame(r *guildlog.Record, t turn) *fanout.Frame {
 	f := &fanout.Frame{Seq: r.Seq, Tag: protocol.EventOf(r.Type)}
 	f.Wire, r.Data = protocol.Dispatch(r.Type, r.Seq, r.Data)
 	if r.Users != nil {
 		f.Personal, f.Wire = fanout.For(f.Wire, owners(r.Users)...), nil
 	}
-	if user, member := turns(r); user != 0 && !member { // is told of the guild's end instead
-		f.Personal = slices.DeleteFunc(f.Personal, func(p fanout.Personal) bool { return p.Owner == uint64(user) })
+	if t.user != 0 && !t.joins { // is told of the guild's end instead
+		f.Personal = slices.DeleteFunc(f.Personal, func(p fanout.Personal) bool { return p.Owner == uint64(t.user) })
 		if f.Wire != nil {
-			f.Personal = fanout.For(nil, uint64(user))
+			f.Personal = fanout.For(nil, uint64(t.user))
 		}
 	}
 	return f
 }
 
-// turns says whom a record makes a member, or none any more; 0: nobody. Such a record reserves a number.
-func turns(r *guildlog.Record) (user snowflake.ID, member bool) {
-	if r.Reserved == 0 {
-		return 0, false
-	}
-	var ref memberRef
-	mustDecode(r, &ref)
-	return ref.User.ID, r.Type == "GUILD_MEMBER_ADD"
-}
-
-// derived makes the frame that follows from a record which turns a user's membership, for that
-// user alone. created is the body of GUILD_CREATE for one who joins. It is nil when the guild
-// as it was then is not at hand: sessions cannot pass the frame, and start from a snapshot.
-func derived(guild snowflake.ID, r *guildlog.Record, created []byte) *fanout.Frame {
-	user, member := turns(r)
-	p := fanout.Personal{Owner: uint64(user), Turn: membership(member)}
+// derived makes the frame that follows from a record with a turn, for its user alone. created is the
+// body of GUILD_CREATE for one who joins. It is nil when the guild as it was then is not at hand:
+// sessions cannot pass the frame, and start from a snapshot.
+func derived(guild snowflake.ID, seq uint64, t turn, created []byte) *fanout.Frame {
+	p := fanout.Personal{Owner: uint64(t.user), Turn: membership(t.joins)}
 	name, body := "GUILD_DELETE", encode(map[string]snowflake.ID{"id": guild})
-	if member {
+	if t.joins {
 		name, body = "GUILD_CREATE", created
 	}
-	seq := r.End()
 	if body == nil {
 		p.Turn = impassable{}
 	} else {
@@ -101,11 +102,15 @@ func (h history) Frames(after uint64) (frames []*fanout.Frame, err error) {
 	bytes := 0
 	for i := range records {
 		r := &records[i]
-		if r.Seq > after {
-			frames = append(frames, frame(r))
-		}
+		var t turn
 		if r.Reserved > 0 {
-			frames = append(frames, derived(h.guild, r, nil))
+			t = turnOf(r)
+		}
+		if r.Seq > after {
+			frames = append(frames, frame(r, t))
+		}
+		if t.user != 0 {
+			frames = append(frames, derived(h.guild, r.End(), t, nil))
 		}
 		if bytes += len(r.Data); bytes > blockBytes {
 			break

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,7 +21,9 @@ import (
 const (
 	// maxPending bounds the commands that wait for the actor; more are refused with ErrBusy.
 	maxPending = 1024
-	// maxBatch bounds the commands that one append to the log carries.
+	// maxPendingBytes bounds what the waiting commands have to append, but for the last of them.
+	maxPendingBytes = 16 << 20
+	// maxBatch bounds the commands that one commit to the log carries.
 	maxBatch = 256
 )
 
@@ -30,6 +33,10 @@ var (
 	ErrBusy = errors.New("guild: too many requests wait for the log")
 	// ErrClosed: this process does not hold the guild any more. Nothing was appended.
 	ErrClosed = errors.New("guild: closed")
+	// ErrFull: the disk has no room for more. Nothing was appended.
+	ErrFull = guildlog.ErrFull
+	// ErrUncertain: the log failed. Whether the request was appended only the next process finds out.
+	ErrUncertain = guildlog.ErrFailed
 	// ErrNotFound: the channel or member that a command names does not exist.
 	ErrNotFound = errors.New("guild: not found")
 	// ErrNotMember: the user who asks is not a member.
@@ -56,7 +63,7 @@ type Config struct {
 	Channels []BootstrapChannel
 	// Retention of the log, and so of replay.
 	Retention guildlog.Retention
-	// Log is the guild's log; empty, it is born now.
+	// Log is the guild's log, born with the commit that Birth makes.
 	Log guildlog.Log
 	// Core that delivers the guild's stream.
 	Core *fanout.Core
@@ -86,16 +93,15 @@ type Guild struct {
 	events *atomic.Uint64
 
 	commands chan *command
+	pending  atomic.Int64 // bytes of the commands that wait
 	closed   chan struct{}
 	stopped  chan struct{} // the actor has returned
 
-	// mu makes records, state and stream change together: the actor holds it while it appends,
-	// those who read the state or attach sessions hold it for reading.
+	// mu makes last, state and stream change together, once the log has committed: the actor alone changes
+	// them and holds it then, those who read the state or attach sessions hold it for reading.
 	mu    sync.RWMutex
+	last  uint64 // the last number that may be shown
 	state *state
-	keys  keyTable
-	// snapshots guards what is made of the state for reading when first asked for.
-	snapshots sync.Mutex
 
 	sessions registry
 
@@ -107,12 +113,35 @@ type Guild struct {
 	}
 }
 
-// Open opens a guild: reads its state from the log, or gives birth to the log if it is empty.
+// Birth is what the log of a guild is born with.
+func Birth(c Config) guildlog.Commit {
+	channels := c.Channels
+	if len(channels) == 0 {
+		channels = []BootstrapChannel{{Name: "general", Type: ChannelText}}
+	}
+	b := birth{ID: c.ID, Name: c.Name}
+	for i, ch := range channels {
+		// The same ids at each birth: bots that know a channel find it in the new log.
+		id := c.ID + 1 + snowflake.ID(i)
+		b.Channels = append(b.Channels, channelObject(c.ID, id, ch.Type, ch.Name, i, nil, nil))
+	}
+	b.Roles = append(b.Roles, everyoneRole(c.ID))
+	now := time.Now
+	if c.Now != nil {
+		now = c.Now
+	}
+	r := guildlog.Record{Seq: guildlog.First, Time: now().UnixMilli(), Type: "GUILD_CREATE", Data: encode(b)}
+	t := newState().stage()
+	t.apply(&r)
+	return guildlog.Commit{Records: []guildlog.Record{r}, State: t.rows}
+}
+
+// Open opens a guild, with the state that its log adds up to.
 func Open(c Config) (*Guild, error) {
 	g := &Guild{
 		id: c.ID, log: c.Log, ids: c.IDs, now: c.Now, logger: c.Logger, events: c.Events,
 		commands: make(chan *command, maxPending), closed: make(chan struct{}), stopped: make(chan struct{}),
-		state: newState(),
+		last: c.Log.Last(), state: newState(),
 	}
 	if g.now == nil {
 		g.now = time.Now
@@ -125,43 +154,19 @@ func Open(c Config) (*Guild, error) {
 	}
 	g.settings.open, g.settings.name = c.Open, c.Name
 	g.sessions.init()
-	if g.log.Last() == 0 {
-		if err := g.log.Append([]guildlog.Record{g.birthRecord(c)}); err != nil {
-			return nil, fmt.Errorf("giving birth to the log of guild %s: %w", c.ID, err)
-		}
+	if g.last == 0 {
+		return nil, fmt.Errorf("opening guild %s: its log has not been born", c.ID)
 	}
-	for seq := uint64(0); seq < g.log.Last(); {
-		records, err := g.log.Read(seq, 1024)
-		if err != nil {
-			return nil, fmt.Errorf("reading the log of guild %s behind %d: %w", c.ID, seq, err)
-		}
-		for i := range records {
-			g.state.apply(&records[i])
-			seq = records[i].End()
-		}
+	if err := g.state.load(g.log); err != nil {
+		return nil, fmt.Errorf("reading the state of guild %s: %w", c.ID, err)
 	}
-	g.stream = c.Core.NewStream(g.log.Last(), history{g.id, g.log}, window(c.Retention), fanout.Retention(c.Retention))
-	g.settings.renamed = c.Name != g.state.name
+	g.stream = c.Core.NewStream(g.last, history{g.id, g.log}, window(c.Retention), fanout.Retention(c.Retention))
+	g.settings.renamed = c.Name != g.state.layout.name
 	go g.run()
-	if err := g.rename(); err != nil {
-		return nil, fmt.Errorf("renaming guild %s: %w", c.ID, err)
+	if g.settings.renamed {
+		go g.rename()
 	}
 	return g, nil
-}
-
-func (g *Guild) birthRecord(c Config) guildlog.Record {
-	channels := c.Channels
-	if len(channels) == 0 {
-		channels = []BootstrapChannel{{Name: "general", Type: ChannelText}}
-	}
-	b := birth{ID: c.ID, Name: c.Name}
-	for i, ch := range channels {
-		// The same ids at each birth: bots that know a channel find it in the new log.
-		id := c.ID + 1 + snowflake.ID(i)
-		b.Channels = append(b.Channels, channelObject(c.ID, id, ch.Type, ch.Name, i, nil, nil))
-	}
-	b.Roles = append(b.Roles, everyoneRole(c.ID))
-	return guildlog.Record{Seq: guildlog.First, Time: g.now().UnixMilli(), Type: "GUILD_CREATE", Data: encode(b)}
 }
 
 // ID is the guild's snowflake.
@@ -182,7 +187,7 @@ type Counts struct {
 // Counts returns the guild's present counts.
 func (g *Guild) Counts() Counts {
 	g.mu.RLock()
-	c := Counts{LastSeq: g.log.Last(), Members: len(g.state.members)}
+	c := Counts{LastSeq: g.last, Members: len(g.state.members)}
 	g.mu.RUnlock()
 	c.Sessions, c.Online = g.sessions.counts()
 	return c
@@ -209,29 +214,30 @@ func (g *Guild) SetName(name string) {
 	defer g.settings.Unlock()
 	if g.settings.name != name {
 		g.settings.name, g.settings.renamed = name, true
-		go g.rename() //nolint:errcheck // fails only as the guild is closed
+		go g.rename()
 	}
 }
 
 // rename gives the guild the name of the settings, unless that has been done.
-func (g *Guild) rename() error {
-	return g.do(context.Background(), func(t *tx) error {
+func (g *Guild) rename() {
+	err := g.do(context.Background(), 0, func(t *tx) error {
 		g.settings.Lock()
 		defer g.settings.Unlock()
-		if g.settings.renamed && g.state.name != g.settings.name {
-			object := g.state.object(g.id)
+		if g.settings.renamed && t.state.layout.name != g.settings.name {
+			object := t.state.layout.object(g.id)
 			object.Name = g.settings.name
 			t.emit("GUILD_UPDATE", encode(object), nil)
 		}
 		g.settings.renamed = false
 		return nil
 	})
+	if err != nil && !errors.Is(err, ErrClosed) { // the next start tries again
+		g.logger.Error("guild not renamed", "guild", g.id, "error", err)
+	}
 }
 
 // SetRetention changes what the log and the stream keep.
 func (g *Guild) SetRetention(r guildlog.Retention) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.log.Retain(r)
 	g.stream.Retain(window(r), fanout.Retention(r))
 }
@@ -242,7 +248,7 @@ func (g *Guild) Reconnect() {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	g.stream.Publish(&fanout.Frame{
-		Seq: g.log.Last(), Wire: protocol.Reconnect, Tag: protocol.EventOf("RESUMED"), Volatile: true,
+		Seq: g.last, Wire: protocol.Reconnect, Tag: protocol.EventOf("RESUMED"), Volatile: true,
 	})
 }
 
@@ -257,7 +263,7 @@ func (g *Guild) Close(last func(seq uint64) []byte) {
 	}
 	g.mu.Unlock()
 	<-g.stopped
-	g.stream.Close(last(g.log.Last()))
+	g.stream.Close(last(g.last))
 }
 
 // command is one request to the log. run decides, then stages records on the transaction. An
@@ -268,22 +274,41 @@ type command struct {
 	done chan struct{}
 }
 
-// tx stages the records of a command.
+// tx stages what commands write.
 type tx struct {
 	g       *Guild
 	last    uint64
+	state   staged
 	records []guildlog.Record
+	keys    []guildlog.Key
 	frames  []*fanout.Frame
+	untold  []untold
 }
 
-// do has the actor run a command and waits until what it appended is durable.
-func (g *Guild) do(ctx context.Context, run func(*tx) error) error {
+// untold is a join of which nobody was to be told when it was staged.
+type untold struct {
+	user  snowflake.ID
+	seq   uint64 // that GUILD_CREATE would have
+	frame int    // where it would be among the frames; an empty one is there
+}
+
+func (g *Guild) newTx() *tx { return &tx{g: g, last: g.last, state: g.state.stage()} }
+
+func (t *tx) writes() bool { return len(t.records) > 0 || len(t.keys) > 0 }
+
+// do has the actor run a command that appends about so many bytes, and waits until that is durable.
+func (g *Guild) do(ctx context.Context, size int, run func(*tx) error) error {
 	c := &command{run: run, done: make(chan struct{})}
 	select {
 	case <-g.closed:
 		return ErrClosed
 	default:
 	}
+	if g.pending.Load() >= maxPendingBytes {
+		return ErrBusy
+	}
+	g.pending.Add(int64(size))
+	defer g.pending.Add(-int64(size))
 	select {
 	case g.commands <- c:
 	case <-g.closed:
@@ -324,33 +349,66 @@ func (g *Guild) run() {
 				break more
 			}
 		}
-		g.carryOut(batch)
+		if !g.carryOut(batch) {
+			return
+		}
 		clear(batch)
 	}
 }
 
-// carryOut runs the commands of a batch, appends what they staged in one go, and only when
-// that is durable shows it to sessions and answers.
-func (g *Guild) carryOut(batch []*command) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	t := &tx{g: g, last: g.log.Last()}
-	for _, c := range batch {
-		c.err = c.run(t)
-	}
-	if len(t.records) > 0 {
-		if err := g.log.Append(t.records); err != nil {
-			// What is on disk is not known, so nothing may be answered: the process ends, and
-			// the next one reads the log.
-			g.logger.Error("appending to the log", "guild", g.id, "error", err)
-			panic(err)
+// carryOut runs the commands of a batch, commits what they staged in one go, and only when that is durable
+// shows it to sessions and answers. It returns false when the log takes no more.
+func (g *Guild) carryOut(batch []*command) bool {
+	t := g.newTx()
+	if full := g.log.Room(); full == nil {
+		for _, c := range batch {
+			c.err = c.run(t)
 		}
-		g.events.Add(uint64(len(t.records)))
+	} else {
+		// Those that write nothing are answered: a key that is known, what is refused anyway.
+		for _, c := range batch {
+			own := g.newTx()
+			if c.err = c.run(own); c.err == nil && own.writes() {
+				c.err = full
+			} else {
+				t.frames = append(t.frames, own.frames...)
+			}
+		}
 	}
-	g.stream.Publish(t.frames...)
+	var err error
+	if t.writes() {
+		err = g.log.Commit(guildlog.Commit{Records: t.records, Keys: t.keys, State: t.state.rows})
+	}
+	if err == nil {
+		g.publish(t)
+	}
 	for _, c := range batch {
+		if err != nil { // all of them decided on what has not come to pass
+			c.err = err
+		}
 		close(c.done)
 	}
+	if err != nil {
+		g.logger.Error("committing to the log", "guild", g.id, "error", err)
+	}
+	return !errors.Is(err, guildlog.ErrFailed)
+}
+
+// publish shows what has been committed.
+func (g *Guild) publish(t *tx) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	t.state.merge()
+	g.last = t.last
+	g.events.Add(uint64(len(t.records)))
+	for _, u := range t.untold { // a session may have come since
+		if m := g.state.members[u.user]; m.object != nil && g.sessions.joined(u.user) {
+			t.frames[u.frame] = derived(g.id, u.seq, turn{u.user, true}, g.state.guildCreate(g.id, u.user).join())
+			m.told = true
+			g.state.members[u.user] = m
+		}
+	}
+	g.stream.Publish(t.frames...)
 }
 
 // emit stages an event, with what follows from it for the sessions of a user whom it lets in or
@@ -358,32 +416,56 @@ func (g *Guild) carryOut(batch []*command) {
 // accepted. It returns the event's number; for a volatile event the last one.
 func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 	if protocol.EventOf(name).Volatile {
-		f := frame(&guildlog.Record{Seq: t.last, Type: name, Data: body, Users: users})
+		f := frame(&guildlog.Record{Seq: t.last, Type: name, Data: body, Users: users}, turn{})
 		f.Volatile = true
 		t.frames = append(t.frames, f)
 		return t.last
 	}
 	g := t.g
 	r := guildlog.Record{Seq: t.last + 1, Time: g.now().UnixMilli(), Type: name, Data: body, Users: users}
-	user := g.state.turnsMembership(&r)
-	joins := r.Type == "GUILD_MEMBER_ADD"
-	switch {
-	case user == 0:
-	case !joins:
-		g.sessions.left(user)
-		r.Reserved = 1
-	case g.sessions.joined(user):
+	turns := t.state.turn(&r)
+	if turns.user != 0 {
 		r.Reserved = 1
 	}
-	f := frame(&r) // the log shares its bytes
-	g.state.apply(&r)
+	f := frame(&r, turns) // the log shares its bytes
+	t.state.apply(&r)
 	t.records, t.frames, t.last = append(t.records, r), append(t.frames, f), r.End()
-	if r.Reserved > 0 {
-		var created []byte
-		if joins {
-			created = g.state.guildCreate(g.id, user).join()
-		}
-		t.frames = append(t.frames, derived(g.id, &r, created))
+	switch {
+	case turns.user == 0:
+	case !turns.joins:
+		g.sessions.left(turns.user)
+		t.frames = append(t.frames, derived(g.id, t.last, turns, nil))
+	case g.sessions.joined(turns.user):
+		t.state.tell(turns.user)
+		t.frames = append(t.frames, derived(g.id, t.last, turns, t.state.guildCreate(g.id, turns.user).join()))
+	default:
+		t.untold = append(t.untold, untold{turns.user, t.last, len(t.frames)})
+		t.frames = append(t.frames, &fanout.Frame{Seq: t.last, Tag: protocol.EventOf("GUILD_CREATE")})
 	}
 	return r.Seq
+}
+
+// find looks an idempotency key up, those that are staged as well; the empty key is never found.
+// ErrKeyReused: it came with another body.
+func (t *tx) find(name string, body [32]byte) (k guildlog.Key, found bool, err error) {
+	if name == "" {
+		return k, false, nil
+	}
+	i := slices.IndexFunc(t.keys, func(k guildlog.Key) bool { return k.Name == name })
+	if found = i >= 0; found {
+		k = t.keys[i]
+	} else if k, found, err = t.g.log.Find(name); err != nil {
+		return k, false, err
+	}
+	if found && k.Body != body {
+		return k, true, ErrKeyReused
+	}
+	return k, found, nil
+}
+
+// remember stages an idempotency key; the empty key is not remembered.
+func (t *tx) remember(k guildlog.Key) {
+	if k.Name != "" {
+		t.keys = append(t.keys, k)
+	}
 }

@@ -89,16 +89,16 @@ type hall struct {
 	log  guildlog.Log
 }
 
-func newHall(t *testing.T) *hall {
-	h := &hall{t: t, log: guildlog.NewMemory(guildlog.Retention{Bytes: 1 << 30, Age: time.Hour}, time.Now)}
+func newHall(t *testing.T, log guildlog.Log) *hall {
+	h := &hall{t: t, log: log}
 	h.open()
 	return h
 }
 
 func (h *hall) open() {
-	h.Guild = open(h.t, h.log, func(c *Config) {
-		c.Retention, h.core = guildlog.Retention{Bytes: 1 << 30, Age: time.Hour}, c.Core
-	})
+	r := guildlog.Retention{Bytes: 1 << 30, Age: time.Hour}
+	h.log.Retain(r)
+	h.Guild = open(h.t, h.log, func(c *Config) { c.Retention, h.core = r, c.Core })
 }
 
 func (h *hall) join(n int) (last uint64) {
@@ -147,13 +147,15 @@ func (h *hall) resume(user int, seq uint64) (c *hearer, fresh bool, err error) {
 func (h *hall) resumed(last uint64) string { return fmt.Sprint("RESUMED ", last) }
 
 // TestResumeBeyondTheWindow: what the stream does not keep is made anew of the log.
-func TestResumeBeyondTheWindow(t *testing.T) {
-	h := newHall(t)
+func TestResumeBeyondTheWindow(t *testing.T) { onEveryLog(t, testResumeBeyondTheWindow) }
+
+func testResumeBeyondTheWindow(t *testing.T, log guildlog.Log) {
+	h := newHall(t, log)
 	since := h.join(1)
 	h.join(2)
 	h.leave(2)
 	other := []string{
-		fmt.Sprint("GUILD_MEMBER_ADD ", since+1), fmt.Sprint("GUILD_MEMBER_REMOVE ", since+2),
+		fmt.Sprint("GUILD_MEMBER_ADD ", since+1), fmt.Sprint("GUILD_MEMBER_REMOVE ", since+3),
 	}
 	passed := h.passOn()
 	last := h.Counts().LastSeq
@@ -209,7 +211,7 @@ func TestResumeBeyondTheWindowAcrossMembership(t *testing.T) {
 		"who never was a member is not resumed": {err: ErrNotResumable},
 	} {
 		t.Run(name, func(t *testing.T) {
-			h := newHall(t)
+			h := newHall(t, guildlog.NewMemory(retention, time.Now))
 			act := func(f func(*hall)) {
 				if f != nil {
 					f(h)
@@ -232,8 +234,10 @@ func TestResumeBeyondTheWindowAcrossMembership(t *testing.T) {
 }
 
 // TestResumeWithinARecord: what is derived from a record has a number of its own.
-func TestResumeWithinARecord(t *testing.T) {
-	h := newHall(t)
+func TestResumeWithinARecord(t *testing.T) { onEveryLog(t, testResumeWithinARecord) }
+
+func testResumeWithinARecord(t *testing.T, log guildlog.Log) {
+	h := newHall(t, log)
 	out := newHearer(t, h.core, 1)
 	if err := h.Identify(context.Background(), out.client, func(Snapshot) {}); err != nil {
 		t.Fatal(err)
@@ -264,7 +268,7 @@ func TestResumeWithinARecord(t *testing.T) {
 
 // TestAJoinThatNobodyReckonedWith: its GUILD_CREATE was not made, so who comes back starts afresh.
 func TestAJoinThatNobodyReckonedWith(t *testing.T) {
-	h := newHall(t)
+	h := newHall(t, guildlog.NewMemory(retention, time.Now))
 	from := h.publish(`{}`)
 	h.join(1)
 	if _, fresh, err := h.resume(1, from); !fresh || err != nil {
@@ -282,7 +286,7 @@ func TestFramesMadeAnewAreTheSame(t *testing.T) {
 	} {
 		log := guildlog.NewMemory(retention, time.Now)
 		r.Time = time.Now().UnixMilli()
-		if err := log.Append([]guildlog.Record{r}); err != nil {
+		if err := log.Commit(guildlog.Commit{Records: []guildlog.Record{r}}); err != nil {
 			t.Fatal(err)
 		}
 		h := history{testID, log}
@@ -290,9 +294,13 @@ func TestFramesMadeAnewAreTheSame(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		live := []*fanout.Frame{frame(&r)}
+		var turns turn
 		if r.Reserved > 0 {
-			live = append(live, derived(testID, &r, nil))
+			turns = turnOf(&r)
+		}
+		live := []*fanout.Frame{frame(&r, turns)}
+		if r.Reserved > 0 {
+			live = append(live, derived(testID, r.End(), turns, nil))
 		}
 		if a, b := fmt.Sprintf("%+v", deref(live)), fmt.Sprintf("%+v", deref(frames)); a != b {
 			t.Errorf("%s: live\n%s\nanew\n%s", r.Type, a, b)

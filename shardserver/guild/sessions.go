@@ -172,7 +172,7 @@ func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) er
 		return ErrClosed
 	default:
 	}
-	s := Snapshot{Base: g.log.Last()}
+	s := Snapshot{Base: g.last}
 	member = g.seenBy(&c)
 	if member {
 		s.Guild = g.snapshot(c.User.ID)
@@ -186,10 +186,8 @@ func (g *Guild) seenBy(c *Client) bool {
 	return !c.Outside && g.state.members[c.User.ID].object != nil
 }
 
-// snapshot is GUILD_CREATE's body. g.mu is held for reading; the shared parts are made under a lock of their own.
+// snapshot is GUILD_CREATE's body. g.mu is held for reading.
 func (g *Guild) snapshot(user snowflake.ID) *Body {
-	g.snapshots.Lock()
-	defer g.snapshots.Unlock()
 	body := g.state.guildCreate(g.id, user)
 	return &body
 }
@@ -240,7 +238,7 @@ func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 		return ErrClosed
 	default:
 	}
-	last := g.log.Last()
+	last := g.last
 	switch {
 	case r.Log != g.log.ID():
 		return ErrNotResumable

@@ -2,11 +2,14 @@ package guild
 
 import (
 	"bytes"
+	"encoding/binary"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"slices"
 	"sort"
 	"strconv"
+	"sync"
 	"time"
 	"unicode/utf8"
 
@@ -50,28 +53,156 @@ type Role struct {
 type member struct {
 	object json.RawMessage // as clients see it, with user
 	joined uint64          // last number of the record that let them in
-	told   bool            // whether GUILD_CREATE for them was derived from it: somebody might have waited for it
+	told   bool            // whether the stream has GUILD_CREATE for them behind it: somebody might have waited for it
+}
+
+// layout is what every member sees of a guild alike. It is not changed, but replaced.
+type layout struct {
+	name     string
+	channels map[snowflake.ID]*Channel
+	roles    map[snowflake.ID]*Role
+
+	once   sync.Once
+	shared []byte // what GUILD_CREATE has of it, made when first asked for
 }
 
 // state is what the records of a guild's log add up to.
 //
-// Invariant: state is a pure function of the records applied so far, in order.
+// Invariant: but for told, state is a pure function of the records applied so far, in order.
 type state struct {
-	name     string
-	channels map[snowflake.ID]*Channel
-	roles    map[snowflake.ID]*Role
-	members  map[snowflake.ID]member
-
-	// The parts of GUILD_CREATE that are the same for all, made when first asked for.
-	shared []byte
+	layout  *layout
+	members map[snowflake.ID]member
 }
 
 func newState() *state {
 	return &state{
-		channels: map[snowflake.ID]*Channel{},
-		roles:    map[snowflake.ID]*Role{},
-		members:  map[snowflake.ID]member{},
+		layout:  &layout{channels: map[snowflake.ID]*Channel{}, roles: map[snowflake.ID]*Role{}},
+		members: map[snowflake.ID]member{},
 	}
+}
+
+// staged is a state with records applied that it does not have yet. The state itself is only
+// read, until merge.
+type staged struct {
+	below   *state
+	layout  *layout
+	members map[snowflake.ID]member // those that differ
+	joined  int                     // how many more there are than below
+	rows    []guildlog.Row          // what differs, for the log
+}
+
+func (s *state) stage() staged { return staged{below: s, layout: s.layout} }
+
+// merge brings the state below up to date.
+func (s *staged) merge() {
+	s.below.layout = s.layout
+	for id, m := range s.members {
+		if m.object == nil {
+			delete(s.below.members, id)
+		} else {
+			s.below.members[id] = m
+		}
+	}
+}
+
+func (s *staged) member(id snowflake.ID) member {
+	if m, ok := s.members[id]; ok {
+		return m
+	}
+	return s.below.members[id]
+}
+
+func (s *staged) setMember(id snowflake.ID, m member) {
+	before := s.member(id).object != nil
+	switch after := m.object != nil; {
+	case after && !before:
+		s.joined++
+	case before && !after:
+		s.joined--
+	}
+	if s.members == nil {
+		s.members = map[snowflake.ID]member{}
+	}
+	s.members[id] = m
+	var value []byte
+	if m.object != nil {
+		value = append(binary.AppendUvarint(nil, m.joined), m.object...)
+	}
+	s.put(rowMember, id, value)
+}
+
+// tell notes that the stream has GUILD_CREATE for a member behind their join.
+func (s *staged) tell(id snowflake.ID) {
+	m := s.members[id]
+	m.told = true
+	s.members[id] = m
+}
+
+// relayout replaces the layout by a copy, which may be changed until the transaction ends.
+func (s *staged) relayout() *layout {
+	l := s.layout
+	s.layout = &layout{name: l.name, channels: maps.Clone(l.channels), roles: maps.Clone(l.roles)}
+	return s.layout
+}
+
+// The rows of the state: a table's letter, and the id in 8 bytes. The name has id 0; a member's value
+// begins with the number of their join.
+const (
+	rowName    = 'n'
+	rowChannel = 'c'
+	rowRole    = 'r'
+	rowMember  = 'm'
+)
+
+func (s *staged) put(table byte, id snowflake.ID, value []byte) {
+	s.rows = append(s.rows, guildlog.Row{Key: binary.BigEndian.AppendUint64([]byte{table}, uint64(id)), Value: value})
+}
+
+// load reads the state that a log keeps, and applies the records behind it.
+func (s *state) load(log guildlog.Log) error {
+	seq, err := log.State(s.loadRow)
+	if err != nil {
+		return err
+	}
+	for seq < log.Last() {
+		records, err := log.Read(seq, 1024)
+		if err != nil {
+			return err
+		}
+		t := s.stage()
+		for i := range records {
+			t.apply(&records[i])
+			seq = records[i].End()
+		}
+		t.merge()
+	}
+	return nil
+}
+
+func (s *state) loadRow(key, value []byte) error {
+	bad := fmt.Errorf("guild: unknown row %q of the state", key)
+	if len(key) != 9 {
+		return bad
+	}
+	id := snowflake.ID(binary.BigEndian.Uint64(key[1:]))
+	value = bytes.Clone(value)
+	switch key[0] {
+	case rowName:
+		s.layout.name = string(value)
+	case rowChannel:
+		s.layout.channels[id] = channelOf(value)
+	case rowRole:
+		s.layout.roles[id] = &Role{ID: id, Object: value}
+	case rowMember:
+		joined, n := binary.Uvarint(value)
+		if n <= 0 {
+			return bad
+		}
+		s.members[id] = member{object: value[n:], joined: joined}
+	default:
+		return bad
+	}
+	return nil
 }
 
 // birth is the body of a log's first record: the state that the guild starts with.
@@ -187,28 +318,28 @@ func check(id snowflake.ID, t string, data []byte) error {
 var channelTypes = map[int]bool{ChannelText: true, ChannelVoice: true, ChannelCategory: true, 5: true, 13: true, 15: true, 16: true}
 
 // room says whether the guild can take the channels and roles that events with these bodies add.
-func (s *state) room(events []Event, bodies [][]byte) error {
-	channels, roles := len(s.channels), len(s.roles)
+func (l *layout) room(events []Event, bodies [][]byte) error {
+	channels, roles := len(l.channels), len(l.roles)
 	for i, e := range events {
 		switch e.Type {
 		case "CHANNEL_CREATE", "CHANNEL_UPDATE":
 			var c channelRef
 			mustDecodeRaw(bodies[i], &c)
-			if s.channels[*c.ID] == nil {
+			if l.channels[*c.ID] == nil {
 				channels++
 			}
 		case "GUILD_ROLE_CREATE", "GUILD_ROLE_UPDATE":
 			var r roleRef
 			mustDecodeRaw(bodies[i], &r)
-			if s.roles[r.Role.ID] == nil {
+			if l.roles[r.Role.ID] == nil {
 				roles++
 			}
 		}
 	}
 	switch {
-	case channels > len(s.channels) && channels > MaxChannels:
+	case channels > len(l.channels) && channels > MaxChannels:
 		return fieldError("d", fmt.Sprintf("the guild can have %d channels, this would make %d", MaxChannels, channels))
-	case roles > len(s.roles) && roles > MaxRoles:
+	case roles > len(l.roles) && roles > MaxRoles:
 		return fieldError("d", fmt.Sprintf("the guild can have %d roles, this would make %d", MaxRoles, roles))
 	}
 	return nil
@@ -218,35 +349,35 @@ func fieldError(field, expected string) error {
 	return &InvalidError{Field: field, Expected: expected}
 }
 
-// turnsMembership says whom a record that is applied next makes a member, or none any more; 0: nobody.
-func (s *state) turnsMembership(r *guildlog.Record) snowflake.ID {
+// turn says whom a record that is applied next makes a member, or none any more; nobody for user 0.
+func (s *staged) turn(r *guildlog.Record) (t turn) {
 	if r.Type != "GUILD_MEMBER_ADD" && r.Type != "GUILD_MEMBER_REMOVE" {
-		return 0
+		return t
 	}
-	var ref memberRef
-	mustDecode(r, &ref)
-	if (s.members[ref.User.ID].object == nil) != (r.Type == "GUILD_MEMBER_ADD") {
-		return 0
+	t = turnOf(r)
+	if s.member(t.user).object == nil != t.joins {
+		return turn{}
 	}
-	return ref.User.ID
+	return t
 }
 
 // apply folds a record into the state. The record has passed check.
-func (s *state) apply(r *guildlog.Record) {
+func (s *staged) apply(r *guildlog.Record) {
 	switch r.Type {
 	case "GUILD_CREATE":
 		var b birth
 		mustDecode(r, &b)
-		s.name = b.Name
+		l := s.relayout()
+		s.rename(l, b.Name)
 		for _, c := range b.Channels {
-			s.putChannel(c)
+			s.putChannel(l, c)
 		}
 		for _, object := range b.Roles {
 			var role struct {
 				ID snowflake.ID `json:"id"`
 			}
 			mustDecodeRaw(object, &role)
-			s.roles[role.ID] = &Role{ID: role.ID, Object: object}
+			s.putRole(l, role.ID, object)
 		}
 	case "GUILD_UPDATE":
 		var g struct {
@@ -254,14 +385,15 @@ func (s *state) apply(r *guildlog.Record) {
 		}
 		mustDecode(r, &g)
 		if g.Name != nil {
-			s.name = *g.Name
+			s.rename(s.relayout(), *g.Name)
 		}
 	case "CHANNEL_CREATE", "CHANNEL_UPDATE":
-		s.putChannel(r.Data)
+		s.putChannel(s.relayout(), r.Data)
 	case "CHANNEL_DELETE":
 		var c channelRef
 		mustDecode(r, &c)
-		delete(s.channels, *c.ID)
+		delete(s.relayout().channels, *c.ID)
+		s.put(rowChannel, *c.ID, nil)
 	case "GUILD_ROLE_CREATE", "GUILD_ROLE_UPDATE":
 		var d struct {
 			Role json.RawMessage `json:"role"`
@@ -269,49 +401,58 @@ func (s *state) apply(r *guildlog.Record) {
 		var ref roleRef
 		mustDecode(r, &d)
 		mustDecode(r, &ref)
-		s.roles[ref.Role.ID] = &Role{ID: ref.Role.ID, Object: d.Role}
+		s.putRole(s.relayout(), ref.Role.ID, d.Role)
 	case "GUILD_ROLE_DELETE":
 		var ref roleRef
 		mustDecode(r, &ref)
-		delete(s.roles, *ref.RoleID)
+		delete(s.relayout().roles, *ref.RoleID)
+		s.put(rowRole, *ref.RoleID, nil)
 	case "GUILD_MEMBER_ADD":
-		var m memberRef
-		mustDecode(r, &m)
-		was := s.members[m.User.ID]
-		if was.object == nil {
-			was.joined, was.told = r.End(), r.Reserved > 0
+		var ref memberRef
+		mustDecode(r, &ref)
+		m := s.member(ref.User.ID)
+		if m.object == nil {
+			m.joined = r.End()
 		}
-		was.object = r.Data
-		s.members[m.User.ID] = was
-		return // members are not in the shared parts
+		m.object = r.Data
+		s.setMember(ref.User.ID, m)
 	case "GUILD_MEMBER_UPDATE": // may lack fields that have not changed
-		var m memberRef
-		mustDecode(r, &m)
-		if old := s.members[m.User.ID]; old.object != nil {
+		var ref memberRef
+		mustDecode(r, &ref)
+		if m := s.member(ref.User.ID); m.object != nil {
 			var fields map[string]json.RawMessage
-			mustDecodeRaw(old.object, &fields)
+			mustDecodeRaw(m.object, &fields)
 			mustDecode(r, &fields)
-			old.object = encode(fields)
-			s.members[m.User.ID] = old
+			m.object = encode(fields)
+			s.setMember(ref.User.ID, m)
 		}
-		return
 	case "GUILD_MEMBER_REMOVE":
-		var m memberRef
-		mustDecode(r, &m)
-		delete(s.members, m.User.ID)
-		return
-	default:
-		return
+		var ref memberRef
+		mustDecode(r, &ref)
+		s.setMember(ref.User.ID, member{})
 	}
-	s.shared = nil
 }
 
-func (s *state) putChannel(object []byte) {
+func (s *staged) rename(l *layout, name string) {
+	l.name = name
+	s.put(rowName, 0, []byte(name))
+}
+
+func (s *staged) putChannel(l *layout, object []byte) {
+	c := channelOf(object)
+	l.channels[c.ID] = c
+	s.put(rowChannel, c.ID, object)
+}
+
+func (s *staged) putRole(l *layout, id snowflake.ID, object []byte) {
+	l.roles[id] = &Role{ID: id, Object: object}
+	s.put(rowRole, id, object)
+}
+
+func channelOf(object []byte) *Channel {
 	var ref channelRef
 	mustDecodeRaw(object, &ref)
-	s.channels[*ref.ID] = &Channel{
-		ID: *ref.ID, Type: *ref.Type, Name: *ref.Name, Position: ref.Position, Object: object,
-	}
+	return &Channel{ID: *ref.ID, Type: *ref.Type, Name: *ref.Name, Position: ref.Position, Object: object}
 }
 
 // mustDecode decodes what check let pass: a failure is a bug, or a log that was tampered with.
@@ -328,9 +469,9 @@ func mustDecodeRaw(data []byte, v any) {
 }
 
 // sortedChannels are the channels by position, then id.
-func (s *state) sortedChannels() []*Channel {
-	list := make([]*Channel, 0, len(s.channels))
-	for _, c := range s.channels {
+func (l *layout) sortedChannels() []*Channel {
+	list := make([]*Channel, 0, len(l.channels))
+	for _, c := range l.channels {
 		list = append(list, c)
 	}
 	sort.Slice(list, func(i, j int) bool {
@@ -342,23 +483,23 @@ func (s *state) sortedChannels() []*Channel {
 	return list
 }
 
-func (s *state) channelObjects() []json.RawMessage {
-	objects := make([]json.RawMessage, 0, len(s.channels))
-	for _, c := range s.sortedChannels() {
+func (l *layout) channelObjects() []json.RawMessage {
+	objects := make([]json.RawMessage, 0, len(l.channels))
+	for _, c := range l.sortedChannels() {
 		objects = append(objects, c.Object)
 	}
 	return objects
 }
 
-func (s *state) roleObjects() []json.RawMessage {
-	ids := make([]snowflake.ID, 0, len(s.roles))
-	for id := range s.roles {
+func (l *layout) roleObjects() []json.RawMessage {
+	ids := make([]snowflake.ID, 0, len(l.roles))
+	for id := range l.roles {
 		ids = append(ids, id)
 	}
 	slices.Sort(ids)
 	objects := make([]json.RawMessage, 0, len(ids))
 	for _, id := range ids {
-		objects = append(objects, s.roles[id].Object)
+		objects = append(objects, l.roles[id].Object)
 	}
 	return objects
 }
@@ -397,9 +538,9 @@ type guildObject struct {
 	SafetyAlertsChannel  *string           `json:"safety_alerts_channel_id"`
 }
 
-func (s *state) object(id snowflake.ID) guildObject {
+func (l *layout) object(id snowflake.ID) guildObject {
 	return guildObject{
-		ID: id, Name: s.name, OwnerID: id, AFKTimeout: 300, Roles: s.roleObjects(),
+		ID: id, Name: l.name, OwnerID: id, AFKTimeout: 300, Roles: l.roleObjects(),
 		Emojis: []struct{}{}, Stickers: []struct{}{}, Features: []string{}, PreferredLocale: "en-US",
 	}
 }
@@ -410,45 +551,51 @@ type Body struct{ Shared, Own []byte }
 
 func (b Body) join() []byte { return append(append([]byte(nil), b.Shared...), b.Own...) }
 
+func (s *state) guildCreate(id, user snowflake.ID) Body {
+	return guildCreate(id, s.layout, s.members[user], len(s.members))
+}
+
+func (s *staged) guildCreate(id, user snowflake.ID) Body {
+	return guildCreate(id, s.layout, s.member(user), len(s.below.members)+s.joined)
+}
+
 // guildCreate is the body of GUILD_CREATE for one member: a session without the presence
 // intent is told its own member alone
 // (https://docs.discord.com/developers/events/gateway-events#guild-create).
-func (s *state) guildCreate(id, user snowflake.ID) Body {
-	member := s.members[user].object
+func guildCreate(id snowflake.ID, l *layout, m member, members int) Body {
 	var ref memberRef
-	mustDecodeRaw(member, &ref)
-	own := make([]byte, 0, len(member)+128)
+	mustDecodeRaw(m.object, &ref)
+	own := make([]byte, 0, len(m.object)+128)
 	own = append(own, `,"joined_at":`...)
 	own = append(own, encode(ref.JoinedAt)...)
 	own = append(own, `,"member_count":`...)
-	own = strconv.AppendInt(own, int64(len(s.members)), 10)
+	own = strconv.AppendInt(own, int64(members), 10)
 	own = append(own, `,"members":[`...)
-	own = append(own, member...)
-	return Body{Shared: s.sharedParts(id), Own: append(own, "]}"...)}
+	own = append(own, m.object...)
+	return Body{Shared: l.sharedParts(id), Own: append(own, "]}"...)}
 }
 
 // sharedParts is an open JSON object: what GUILD_CREATE has for every member alike.
-func (s *state) sharedParts(id snowflake.ID) []byte {
-	if s.shared != nil {
-		return s.shared
-	}
-	s.shared = bytes.TrimSuffix(encode(struct {
-		guildObject
-		Unavailable bool              `json:"unavailable"`
-		Large       bool              `json:"large"`
-		Channels    []json.RawMessage `json:"channels"`
-		Threads     []struct{}        `json:"threads"`
-		Presences   []struct{}        `json:"presences"`
-		VoiceStates []struct{}        `json:"voice_states"`
-		Stages      []struct{}        `json:"stage_instances"`
-		Events      []struct{}        `json:"guild_scheduled_events"`
-		Sounds      []struct{}        `json:"soundboard_sounds"`
-	}{
-		guildObject: s.object(id), Large: true, Channels: s.channelObjects(),
-		Threads: []struct{}{}, Presences: []struct{}{}, VoiceStates: []struct{}{},
-		Stages: []struct{}{}, Events: []struct{}{}, Sounds: []struct{}{},
-	}), []byte("}"))
-	return s.shared
+func (l *layout) sharedParts(id snowflake.ID) []byte {
+	l.once.Do(func() {
+		l.shared = bytes.TrimSuffix(encode(struct {
+			guildObject
+			Unavailable bool              `json:"unavailable"`
+			Large       bool              `json:"large"`
+			Channels    []json.RawMessage `json:"channels"`
+			Threads     []struct{}        `json:"threads"`
+			Presences   []struct{}        `json:"presences"`
+			VoiceStates []struct{}        `json:"voice_states"`
+			Stages      []struct{}        `json:"stage_instances"`
+			Events      []struct{}        `json:"guild_scheduled_events"`
+			Sounds      []struct{}        `json:"soundboard_sounds"`
+		}{
+			guildObject: l.object(id), Large: true, Channels: l.channelObjects(),
+			Threads: []struct{}{}, Presences: []struct{}{}, VoiceStates: []struct{}{},
+			Stages: []struct{}{}, Events: []struct{}{}, Sounds: []struct{}{},
+		}), []byte("}"))
+	})
+	return l.shared
 }
 
 // memberObject is the member object of a user who joins now.

@@ -4,9 +4,10 @@
 // Invariants:
 //   - Numbers rise strictly; a record may leave numbers unused or reserve some behind its own, none is used
 //     twice in a log.
-//   - A record that Append has returned for is as durable as the log promises, and stays
-//     readable until retention drops it. Retention drops the oldest records only, so
-//     what is kept has no hole.
+//   - What Commit has returned for without an error is as durable as the log promises, and its records stay
+//     readable until retention drops them. Nothing that reads shows it earlier. Retention drops the
+//     oldest records only, so what is kept has no hole.
+//   - A commit is all there or not at all.
 //   - A log born anew has another ID.
 package guildlog
 
@@ -20,14 +21,35 @@ import (
 	"guildhall.dev/guildhall/shardserver/snowflake"
 )
 
-// ID names a log. It is made at random at the log's birth.
+// ID names a log. It is made at random at the log's birth, but for its first bit, which says that the
+// log is on disk: of one in memory nobody asks where it has gone.
 type ID [16]byte
 
-// NewID makes an ID.
-func NewID() (id ID) {
+// NewID makes the ID of a log, on disk or in memory.
+func NewID(durable bool) (id ID) {
 	rand.Read(id[:])
+	id[0] &= 0x7f
+	if durable {
+		id[0] |= 0x80
+	}
 	return id
 }
+
+// ParseID reads what String writes.
+func ParseID(s string) (id ID, err error) {
+	if len(s) != 2*len(id) {
+		err = hex.ErrLength
+	} else {
+		_, err = hex.Decode(id[:], []byte(s))
+	}
+	if err != nil {
+		return ID{}, fmt.Errorf("guildlog: expected %d hexadecimal digits, got %q", 2*len(id), s)
+	}
+	return id, nil
+}
+
+// Durable says that the log is on disk.
+func (id ID) Durable() bool { return id[0]&0x80 != 0 }
 
 // String is the ID in hexadecimal digits.
 func (id ID) String() string { return hex.EncodeToString(id[:]) }
@@ -36,8 +58,18 @@ func (id ID) String() string { return hex.EncodeToString(id[:]) }
 // record S has number S-1, and client libraries need a number of at least 1 there.
 const First = 2
 
-// ErrDropped: a record that was asked for has been dropped by retention.
-var ErrDropped = errors.New("guildlog: dropped by retention")
+// KeyLifetime is how long an idempotency key is found.
+const KeyLifetime = 24 * time.Hour
+
+// Errors of logs, for errors.Is.
+var (
+	// ErrDropped: a record that was asked for has been dropped by retention.
+	ErrDropped = errors.New("guildlog: dropped by retention")
+	// ErrFull: there is no room for more. Nothing was written.
+	ErrFull = errors.New("guildlog: the disk is full")
+	// ErrFailed: a write went wrong. What is on disk is not known, and nothing is written any more.
+	ErrFailed = errors.New("guildlog: failed")
+)
 
 // Record is one dispatch of a guild.
 type Record struct {
@@ -68,6 +100,34 @@ type Retention struct {
 	Age   time.Duration
 }
 
+// Commit is what is written as one: all of it or nothing.
+type Commit struct {
+	// Records to append; their numbers follow the log's last one.
+	Records []Record
+	// Keys to remember from now on.
+	Keys []Key
+	// State is what changes of the guild's state, in this order.
+	State []Row
+}
+
+// Key is an idempotency key, and what it was answered with.
+type Key struct {
+	// Name of the key, not empty; those of a guild are all different.
+	Name string
+	// Body is the hash of the request that came with the key.
+	Body [32]byte
+	// Numbers and Answer are the answer.
+	Numbers []uint64
+	Answer  []byte
+}
+
+// Row is a part of a guild's state. To the log both are mere bytes.
+type Row struct {
+	Key []byte
+	// Value is nil for a row that goes.
+	Value []byte
+}
+
 // Log is a guild's log.
 type Log interface {
 	// ID and Epoch name the log and count its owners, from 1.
@@ -77,9 +137,16 @@ type Log interface {
 	Last() uint64
 	// Resumable says whether every record after number seq is still kept.
 	Resumable(seq uint64) bool
-	// Append adds records whose numbers follow Last and returns when they are durable. After an
-	// error nothing may be appended any more: what is on disk is not known.
-	Append(records []Record) error
+	// Room says whether there is room for a commit: it fails with ErrFull or ErrFailed.
+	Room() error
+	// Commit writes and returns when everything is durable. After ErrFailed what is on disk is not
+	// known; after any other error nothing was written.
+	Commit(Commit) error
+	// Find looks an idempotency key up. It is found for KeyLifetime, in memory perhaps for less.
+	Find(name string) (k Key, found bool, err error)
+	// State calls each with the rows of the state that are kept, and returns the number that they are
+	// as of: the records behind it have yet to be applied. Key and value are only good during the call.
+	State(each func(key, value []byte) error) (seq uint64, err error)
 	// Read returns up to limit records that end above number seq, oldest first, or ErrDropped.
 	Read(seq uint64, limit int) ([]Record, error)
 	// Retain sets the retention.

@@ -18,11 +18,12 @@ type memory struct {
 	bytes     int64
 	dropped   uint64 // last number of the newest dropped record
 	last      uint64
+	keys      keyTable
 }
 
 // NewMemory makes an empty log in memory, with a new ID. now is the clock.
 func NewMemory(r Retention, now func() time.Time) Log {
-	return &memory{id: NewID(), now: now, retention: r}
+	return &memory{id: NewID(false), now: now, retention: r}
 }
 
 func (m *memory) ID() ID       { return m.id }
@@ -40,20 +41,36 @@ func (m *memory) Resumable(seq uint64) bool {
 	return seq >= m.dropped && seq <= m.last
 }
 
-func (m *memory) Append(records []Record) error {
+// Room: memory is bounded by retention.
+func (m *memory) Room() error { return nil }
+
+func (m *memory) Commit(c Commit) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if err := checkOrder(m.last, records); err != nil {
+	if err := checkOrder(m.last, c.Records); err != nil {
 		return err
 	}
-	for i := range records {
-		m.bytes += records[i].size()
-		m.last = records[i].End()
+	for i := range c.Records {
+		m.bytes += c.Records[i].size()
+		m.last = c.Records[i].End()
 	}
-	m.records = append(m.records, records...)
+	m.records = append(m.records, c.Records...)
+	for _, k := range c.Keys {
+		m.keys.put(k, m.now())
+	}
 	m.drop()
 	return nil
 }
+
+func (m *memory) Find(name string) (Key, bool, error) {
+	m.mu.RLock()
+	defer m.mu.RUnlock()
+	k, found := m.keys.find(name, m.now())
+	return k, found, nil
+}
+
+// State has no rows: a log in memory is read by nobody but the process that has its state.
+func (m *memory) State(func(key, value []byte) error) (uint64, error) { return 0, nil }
 
 func (m *memory) Read(seq uint64, limit int) ([]Record, error) {
 	m.mu.RLock()

@@ -60,7 +60,7 @@ func TestMemoryIsLikeASlice(t *testing.T) {
 					}
 					records = append(records, r)
 				}
-				if err := log.Append(records); (err == nil) != rising {
+				if err := log.Commit(Commit{Records: records}); (err == nil) != rising {
 					t.Fatalf("appending: %v, numbers rise: %v", err, rising)
 				}
 				if rising {
@@ -112,18 +112,18 @@ func TestMemoryIsLikeASlice(t *testing.T) {
 
 func TestLogsHaveIDsOfTheirOwn(t *testing.T) {
 	a, b := NewMemory(Retention{}, time.Now), NewMemory(Retention{}, time.Now)
-	if a.ID() == b.ID() || a.ID() == (ID{}) || len(a.ID().String()) != 32 || a.Epoch() != 1 {
+	if a.ID() == b.ID() || a.ID() == (ID{}) || a.ID().Durable() || a.Epoch() != 1 {
 		t.Errorf("ids %s and %s, epoch %d", a.ID(), b.ID(), a.Epoch())
 	}
 }
 
 func TestRecordsStartAtTwoAndAreTheReadersOwn(t *testing.T) {
 	log := NewMemory(Retention{Bytes: 1 << 20, Age: time.Hour}, time.Now)
-	if err := log.Append([]Record{{Seq: 1}}); err == nil {
+	if err := log.Commit(Commit{Records: []Record{{Seq: 1}}}); err == nil {
 		t.Error("number 1 was accepted, the least is 2")
 	}
 	now := time.Now().UnixMilli()
-	if err := log.Append([]Record{{Seq: 2, Time: now}, {Seq: 4, Time: now}}); err != nil {
+	if err := log.Commit(Commit{Records: []Record{{Seq: 2, Time: now}, {Seq: 4, Time: now}}}); err != nil {
 		t.Fatal(err)
 	}
 	got, err := log.Read(0, 10)
@@ -133,5 +133,21 @@ func TestRecordsStartAtTwoAndAreTheReadersOwn(t *testing.T) {
 	got[0].Seq = 99
 	if again, _ := log.Read(0, 10); again[0].Seq != 2 {
 		t.Error("what a reader does with its records changed the log")
+	}
+}
+
+func TestIDs(t *testing.T) {
+	for range 20 {
+		for _, durable := range []bool{false, true} {
+			id := NewID(durable)
+			if again, err := ParseID(id.String()); err != nil || again != id || id.Durable() != durable {
+				t.Errorf("%s: %s %v", id, again, err)
+			}
+		}
+	}
+	for _, bad := range []string{"", "0", "zz", NewID(true).String() + "00", NewID(true).String()[:30]} {
+		if id, err := ParseID(bad); err == nil {
+			t.Errorf("%q is %s", bad, id)
+		}
 	}
 }

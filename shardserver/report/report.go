@@ -22,6 +22,8 @@ type Report struct {
 	Complete bool `json:"complete"`
 	// Durable: logs are on disk.
 	Durable bool `json:"durable"`
+	// DiskFull: nothing is appended, since too little of the disk is free.
+	DiskFull bool `json:"diskFull,omitempty"`
 	// Guilds held, or those that changed since the revision asked for. Counts alone
 	// change a guild's entry as well.
 	Guilds []Guild `json:"guilds"`
@@ -40,11 +42,16 @@ const (
 	Serving State = "Serving"
 	// Failed: the log could not be opened; Guild.Message says why.
 	Failed State = "Failed"
+	// LogMissing: Failed, since the disk does not have the log that the Guild's status names.
+	LogMissing State = "LogMissing"
+	// Stored: the log is on disk, and is not served from here: its Guild was deleted, or is placed
+	// elsewhere, or has lost its status.
+	Stored State = "Stored"
 )
 
 // Guild is one guild of a Report.
 type Guild struct {
-	// UID, Namespace and Name are those of the Guild object.
+	// UID, Namespace and Name are those of the Guild object; of a Stored log, those of its last one.
 	UID       string `json:"uid"`
 	Namespace string `json:"namespace"`
 	Name      string `json:"name"`

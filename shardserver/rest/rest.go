@@ -224,6 +224,10 @@ func writeError(w http.ResponseWriter, err error) {
 		api = &apiError{http.StatusForbidden, 50001, "Missing Access: not a member of the guild"}
 	case errors.Is(err, guild.ErrClosed):
 		api = errUnavailable
+	case errors.Is(err, guild.ErrFull):
+		api = &apiError{http.StatusInsufficientStorage, 0, "the shard's disk is full; nothing was appended"}
+	case errors.Is(err, guild.ErrUncertain):
+		panic(http.ErrAbortHandler) // no answer is true: the connection is closed without one
 	default:
 		api = &apiError{http.StatusInternalServerError, 0, "internal error; nothing was appended"}
 	}

@@ -83,22 +83,24 @@ func BenchmarkAppend(b *testing.B) {
 		s := open(b, directory(b), o)
 		var logs []*Log
 		for p := range 64 {
-			logs = append(logs, birth(b, s, guildA+snowflake.ID(p), Commit{Records: records(2, 2)}))
+			logs = append(logs, birth(b, s, guildA+snowflake.ID(p), guildlog.Commit{Records: records(2, 2)}))
 		}
 		before, _ := s.Stats()
-		publish(b, func(p int) error { return logs[p].Append([]guildlog.Record{event(logs[p].Last() + 1)}) })
+		publish(b, func(p int) error {
+			return logs[p].Commit(guildlog.Commit{Records: []guildlog.Record{event(logs[p].Last() + 1)}})
+		})
 		report(b, s, before)
 	})
 	b.Run("1guild", func(b *testing.B) {
 		s := open(b, directory(b), o)
-		l := birth(b, s, guildA, Commit{Records: records(2, 2)})
+		l := birth(b, s, guildA, guildlog.Commit{Records: records(2, 2)})
 		before, _ := s.Stats()
 		actor := newActor(func(n int) error {
 			list := make([]guildlog.Record, n)
 			for i := range list {
 				list[i] = event(l.Last() + 1 + uint64(i))
 			}
-			return l.Append(list)
+			return l.Commit(guildlog.Commit{Records: list})
 		})
 		defer actor.close()
 		publish(b, actor.do)
@@ -190,7 +192,7 @@ func BenchmarkOpen(b *testing.B) {
 			if err != nil {
 				b.Fatal(err)
 			}
-			if err := l.State(func(_, _ []byte) error { return nil }); err != nil {
+			if _, err := l.State(func(_, _ []byte) error { return nil }); err != nil {
 				b.Fatal(err)
 			}
 		}
@@ -212,12 +214,12 @@ func fill(b *testing.B, dir string, o Options, guilds, records int) {
 			for n := 0; n < records/guilds; n += 100 {
 				for g := w; g < guilds; g += workers {
 					guild := guildA + snowflake.ID(g)
-					c := Commit{}
+					c := guildlog.Commit{}
 					for i := range 100 {
 						c.Records = append(c.Records, event(uint64(2+n+i)))
 					}
 					for i := range 10 {
-						c.State = append(c.State, Row{Key: fmt.Appendf(nil, "member %d", i), Value: event(2).Data})
+						c.State = append(c.State, guildlog.Row{Key: fmt.Appendf(nil, "member %d", i), Value: event(2).Data})
 					}
 					l, err := s.Log(guild, guildlog.ID{})
 					if err != nil {

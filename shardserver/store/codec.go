@@ -77,18 +77,24 @@ func lastNumber(key []byte) uint64 { return binary.BigEndian.Uint64(key[len(key)
 // format version.
 type identityRecord struct {
 	Owner
-	Log   []byte `json:"log"`
-	Epoch int64  `json:"epoch"`
+	Log     []byte `json:"log"`
+	Epoch   int64  `json:"epoch"`
+	Instead []byte `json:"instead,omitempty"`
 }
 
 func (r *identityRecord) identity(guild snowflake.ID) Identity {
 	id := Identity{Owner: r.Owner, Guild: guild, Epoch: r.Epoch}
 	copy(id.Log[:], r.Log)
+	copy(id.Instead[:], r.Instead)
 	return id
 }
 
 func (id *Identity) encode() []byte {
-	value, err := json.Marshal(identityRecord{Owner: id.Owner, Log: id.Log[:], Epoch: id.Epoch})
+	r := identityRecord{Owner: id.Owner, Log: id.Log[:], Epoch: id.Epoch}
+	if id.Instead != (guildlog.ID{}) {
+		r.Instead = id.Instead[:]
+	}
+	value, err := json.Marshal(r)
 	if err != nil {
 		panic(err) // only for types that JSON does not know
 	}
@@ -178,7 +184,7 @@ func decodeRecord(seq uint64, value []byte) (r guildlog.Record, prev uint64, err
 	return r, prev, d.err
 }
 
-func encodeKey(k *Key, at int64) []byte {
+func encodeKey(k *guildlog.Key, at int64) []byte {
 	value := binary.AppendVarint(nil, at)
 	value = append(value, k.Body[:]...)
 	value = binary.AppendUvarint(value, uint64(len(k.Numbers)))
@@ -190,7 +196,7 @@ func encodeKey(k *Key, at int64) []byte {
 	return append(value, k.Answer...)
 }
 
-func decodeKey(name string, value []byte) (k Key, at int64, err error) {
+func decodeKey(name string, value []byte) (k guildlog.Key, at int64, err error) {
 	d := decoder{rest: value}
 	k.Name = name
 	at = d.varint()

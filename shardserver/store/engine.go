@@ -7,6 +7,8 @@ import (
 	"syscall"
 
 	"github.com/cockroachdb/pebble/v2"
+
+	"guildhall.dev/guildhall/shardserver/guildlog"
 )
 
 // with calls use with an iterator over a range of keys.
@@ -68,7 +70,7 @@ func (s *Store) apply(b *pebble.Batch, o *pebble.WriteOptions) (err error) {
 // fail makes all later writes fail and returns why they do.
 func (s *Store) fail(cause error) error {
 	s.failOnce.Do(func() {
-		s.failure = fmt.Errorf("%w: %w", ErrFailed, cause)
+		s.failure = fmt.Errorf("%w: %w", guildlog.ErrFailed, cause)
 		close(s.failed)
 		s.o.Logger.Error("the store failed, what is on disk is not known", "dir", s.dir, "error", cause)
 	})
@@ -78,7 +80,7 @@ func (s *Store) fail(cause error) error {
 // Failed is closed when a write or sync has gone wrong. The process is to end then.
 func (s *Store) Failed() <-chan struct{} { return s.failed }
 
-// Err is the failure, which wraps ErrFailed, or nil.
+// Err is the failure, which wraps guildlog.ErrFailed, or nil.
 func (s *Store) Err() error {
 	select {
 	case <-s.failed:
@@ -145,7 +147,7 @@ func classify(err error) error {
 	var system syscall.Errno
 	switch {
 	case errors.As(err, &system) && system == syscall.ENOSPC:
-		return fmt.Errorf("%w: %w", ErrFull, err)
+		return fmt.Errorf("%w: %w", guildlog.ErrFull, err)
 	case errors.As(err, &system) && system != syscall.ENOENT:
 		return err
 	case strings.Contains(err.Error(), "format major version"):

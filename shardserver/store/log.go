@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"sync"
-	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -12,8 +11,6 @@ import (
 )
 
 const (
-	// KeyLifetime is how long an idempotency key is found.
-	KeyLifetime = 24 * time.Hour
 	// maxRead bounds what Read returns, in bytes on disk, unless the first record alone is more.
 	maxRead = 1 << 20
 	// maxBlock is the size in bytes from which on a block gets no further records.
@@ -21,34 +18,6 @@ const (
 	// slack divides the retention's bounds: so much of them a block may take.
 	slack = 16
 )
-
-// Commit is what goes to disk as one: all of it or nothing.
-type Commit struct {
-	// Records to append; their numbers follow the log's last one.
-	Records []guildlog.Record
-	// Keys to remember from now on.
-	Keys []Key
-	// State is what changes of the guild's state, in this order.
-	State []Row
-}
-
-// Key is an idempotency key, and what it was answered with.
-type Key struct {
-	// Name of the key, not empty; those of a guild are all different.
-	Name string
-	// Body is the hash of the request that came with the key.
-	Body [32]byte
-	// Numbers and Answer are the answer.
-	Numbers []uint64
-	Answer  []byte
-}
-
-// Row is a part of a guild's state, as of the log's last record. To the store both are mere bytes.
-type Row struct {
-	Key []byte
-	// Value is nil for a row that goes.
-	Value []byte
-}
 
 // Log is a guild's log on disk, a guildlog.Log. Retention drops whole blocks of records, which take up to a
 // sixteenth of the bounds and one record: so much sooner than they have to, records go for the bytes, and so
@@ -190,12 +159,12 @@ func (l *Log) Resumable(seq uint64) bool {
 	return seq >= l.dropped && seq <= l.last
 }
 
-// Append is Commit for records alone.
-func (l *Log) Append(records []guildlog.Record) error { return l.Commit(Commit{Records: records}) }
+// Room is Store.Room.
+func (l *Log) Room() error { return l.s.Room() }
 
-// Commit writes, and returns when everything is on disk. It fails with ErrFull, ErrLogMissing, ErrClosed or
-// for numbers that do not rise, and has written nothing then; or with ErrFailed.
-func (l *Log) Commit(c Commit) error {
+// Commit writes, and returns when everything is on disk. It fails with guildlog.ErrFull, ErrLogMissing, ErrClosed or
+// for numbers that do not rise, and has written nothing then; or with guildlog.ErrFailed.
+func (l *Log) Commit(c guildlog.Commit) error {
 	if len(c.Records) == 0 && len(c.Keys) == 0 && len(c.State) == 0 {
 		return nil
 	}
@@ -225,7 +194,7 @@ func (l *Log) Commit(c Commit) error {
 }
 
 // stage puts a commit into a batch and its outcome into h.
-func (l *Log) stage(b *pebble.Batch, h *head, c Commit) error {
+func (l *Log) stage(b *pebble.Batch, h *head, c guildlog.Commit) error {
 	before := h.Clock
 	h.Clock = max(h.Clock, l.s.o.Now().UnixMilli())
 	for i := range c.Records {
@@ -245,8 +214,8 @@ func (l *Log) stage(b *pebble.Batch, h *head, c Commit) error {
 		set(b, key, value)
 		h.add(r, int64(len(key)+len(value)))
 	}
-	expired := periodOf(h.Clock - KeyLifetime.Milliseconds())
-	if before > 0 && expired > periodOf(before-KeyLifetime.Milliseconds()) {
+	expired := periodOf(h.Clock - guildlog.KeyLifetime.Milliseconds())
+	if before > 0 && expired > periodOf(before-guildlog.KeyLifetime.Milliseconds()) {
 		remove(b, span{l.key(tableKey), l.numbered(tableKey, expired)})
 	}
 	for i := range c.Keys {
@@ -399,7 +368,7 @@ func read(it *pebble.Iterator, next []byte, seq, last uint64, limit int) (record
 }
 
 // Find looks an idempotency key up. It waits for a Commit under way.
-func (l *Log) Find(name string) (k Key, found bool, err error) {
+func (l *Log) Find(name string) (k guildlog.Key, found bool, err error) {
 	l.commit.Lock()
 	defer l.commit.Unlock()
 	if err := l.use(); err != nil {
@@ -407,7 +376,7 @@ func (l *Log) Find(name string) (k Key, found bool, err error) {
 	}
 	defer l.s.leave()
 	now := max(l.head.Clock, l.s.o.Now().UnixMilli())
-	expired := now - KeyLifetime.Milliseconds()
+	expired := now - guildlog.KeyLifetime.Milliseconds()
 	for p := periodOf(now) + 1; p > periodOf(expired); p-- {
 		value, closer, err := l.s.db.Get(l.idempotencyKey(p-1, name))
 		if errors.Is(err, pebble.ErrNotFound) {
@@ -419,27 +388,28 @@ func (l *Log) Find(name string) (k Key, found bool, err error) {
 		defer closer.Close()
 		k, at, err := decodeKey(name, value)
 		if err != nil {
-			return Key{}, false, fmt.Errorf("%w: key %q of guild %s: %w", ErrCorrupt, name, l.id.Guild, err)
+			return guildlog.Key{}, false, fmt.Errorf("%w: key %q of guild %s: %w", ErrCorrupt, name, l.id.Guild, err)
 		}
 		if at <= expired {
 			break
 		}
 		return k, true, nil
 	}
-	return Key{}, false, nil
+	return guildlog.Key{}, false, nil
 }
 
-// State calls each with all rows of the state, by key. Both are only good during the call. It waits for a
-// Commit under way and holds up those that follow; an error of each ends it and is returned.
-func (l *Log) State(each func(key, value []byte) error) error {
+// State calls each with all rows of the state, by key, and returns the log's last number, which they are
+// as of. Key and value are only good during the call. It waits for a Commit under way and holds up those
+// that follow; an error of each ends it and is returned.
+func (l *Log) State(each func(key, value []byte) error) (seq uint64, err error) {
 	l.commit.Lock()
 	defer l.commit.Unlock()
 	if err := l.use(); err != nil {
-		return err
+		return 0, err
 	}
 	defer l.s.leave()
 	first := l.key(tableState)
-	return l.s.iterate(span{first, l.key(tableState + 1)}, func(key, value []byte) error {
+	return l.head.Last, l.s.iterate(span{first, l.key(tableState + 1)}, func(key, value []byte) error {
 		return each(key[len(first):], value)
 	})
 }

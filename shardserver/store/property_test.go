@@ -36,7 +36,7 @@ type modelLog struct {
 }
 
 type modelKey struct {
-	Key
+	guildlog.Key
 	at time.Time
 }
 
@@ -104,7 +104,7 @@ func TestStoreIsLikeMaps(t *testing.T) {
 			return guild
 		}
 		// drawCommit draws a commit for a log that ends at last.
-		drawCommit := func(t *rapid.T, last uint64, least int) (c1 Commit) {
+		drawCommit := func(t *rapid.T, last uint64, least int) (c1 guildlog.Commit) {
 			for range rapid.IntRange(least, 4).Draw(t, "records") {
 				r := guildlog.Record{
 					Seq: last + rapid.SampledFrom([]uint64{1, 1, 1, 2, 300}).Draw(t, "step"), Time: c.Now().UnixMilli(),
@@ -123,10 +123,10 @@ func TestStoreIsLikeMaps(t *testing.T) {
 			}
 			name := rapid.SampledFrom([]string{"", "a", "b", "c"})
 			if n := name.Draw(t, "key"); n != "" {
-				c1.Keys = append(c1.Keys, Key{Name: n, Numbers: []uint64{last}, Body: [32]byte{byte(last)}, Answer: []byte(fmt.Sprint(last))})
+				c1.Keys = append(c1.Keys, guildlog.Key{Name: n, Numbers: []uint64{last}, Body: [32]byte{byte(last)}, Answer: []byte(fmt.Sprint(last))})
 			}
 			if n := name.Draw(t, "row"); n != "" {
-				row := Row{Key: []byte(n)}
+				row := guildlog.Row{Key: []byte(n)}
 				if rapid.Bool().Draw(t, "value") {
 					row.Value = []byte(fmt.Sprint(last))
 				}
@@ -135,7 +135,7 @@ func TestStoreIsLikeMaps(t *testing.T) {
 			return c1
 		}
 		// done notes what a commit has changed.
-		done := func(m *modelLog, c1 Commit) {
+		done := func(m *modelLog, c1 guildlog.Commit) {
 			m.records = append(m.records, c1.Records...)
 			for _, k := range c1.Keys {
 				m.keys[k.Name] = modelKey{k, c.Now()}
@@ -183,7 +183,7 @@ func TestStoreIsLikeMaps(t *testing.T) {
 				guild := drawGuild(t)
 				c1 := drawCommit(t, 0, 1)
 				again := rapid.Bool().Draw(t, "again")
-				born, err := s.birth(guild, ownerA, c1, again)
+				born, err := s.birth(Identity{Owner: ownerA, Guild: guild}, c1, again)
 				if model[guild] != nil && !again {
 					if !errors.Is(err, ErrLogExists) {
 						t.Fatalf("a second birth: %v", err)
@@ -318,13 +318,13 @@ func checkLog(t *rapid.T, l *Log, m *modelLog, now time.Time) {
 	for _, name := range []string{"a", "b", "c"} {
 		k, found, err := l.Find(name)
 		want, ok := m.keys[name]
-		ok = ok && now.Sub(want.at) < KeyLifetime
+		ok = ok && now.Sub(want.at) < guildlog.KeyLifetime
 		if err != nil || found != ok || found && cmp.Diff(want.Key, k) != "" {
 			t.Fatalf("key %s: %v, %v, %v, expected %v, %v", name, k, found, err, want, ok)
 		}
 	}
 	state := map[string]string{}
-	if err := l.State(func(key, value []byte) error {
+	if _, err := l.State(func(key, value []byte) error {
 		state[string(key)] = string(value)
 		return nil
 	}); err != nil {
@@ -447,7 +447,7 @@ func TestReadersBesideRetention(t *testing.T) {
 	const last = 1500
 	o := options(vfs.NewMem())
 	o.Retention.Bytes = 2000
-	l := birth(t, open(t, "db", o), guildA, Commit{Records: records(2, 2)})
+	l := birth(t, open(t, "db", o), guildA, guildlog.Commit{Records: records(2, 2)})
 	var wg sync.WaitGroup
 	for range 2 {
 		wg.Go(func() {
@@ -474,7 +474,7 @@ func TestReadersBesideRetention(t *testing.T) {
 		})
 	}
 	for seq := l.Last() + 1; seq <= last; seq++ {
-		commit(t, l, Commit{Records: records(seq, seq)})
+		commit(t, l, guildlog.Commit{Records: records(seq, seq)})
 	}
 	wg.Wait()
 	if l.Resumable(last - 100) {
@@ -483,14 +483,14 @@ func TestReadersBesideRetention(t *testing.T) {
 }
 
 // numbered is a commit of records first to last, with a key for each and a row that says last.
-func numbered(guild snowflake.ID, first, last uint64) (c Commit) {
+func numbered(guild snowflake.ID, first, last uint64) (c guildlog.Commit) {
 	for seq := first; seq <= last; seq++ {
 		r := record(seq)
 		r.Data = append(r.Data, guild.String()...)
 		c.Records = append(c.Records, r)
-		c.Keys = append(c.Keys, Key{Name: fmt.Sprint("key ", seq), Numbers: []uint64{seq}})
+		c.Keys = append(c.Keys, guildlog.Key{Name: fmt.Sprint("key ", seq), Numbers: []uint64{seq}})
 	}
-	c.State = []Row{{Key: []byte("last"), Value: binary.AppendUvarint(nil, last)}}
+	c.State = []guildlog.Row{{Key: []byte("last"), Value: binary.AppendUvarint(nil, last)}}
 	return c
 }
 

@@ -55,8 +55,8 @@ func TestAfterAFailureNothingIsAcknowledged(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			mem := vfs.NewCrashableMem()
 			s := open(t, "db", options(f.wrap(mem)))
-			a := birth(t, s, guildA, Commit{Records: records(2, 9)})
-			b := birth(t, s, guildB, Commit{Records: records(2, 9)})
+			a := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
+			b := birth(t, s, guildB, guildlog.Commit{Records: records(2, 9)})
 			f.on.Store(true)
 			if f.file == "MANIFEST" { // written in the background
 				flushed, err := s.db.AsyncFlush()
@@ -69,7 +69,7 @@ func TestAfterAFailureNothingIsAcknowledged(t *testing.T) {
 				}
 				<-s.Failed()
 			}
-			if err := a.Append(records(10, 10)); !errors.Is(err, ErrFailed) || !errors.Is(err, f.err) || errors.Is(err, ErrFull) {
+			if err := a.Commit(guildlog.Commit{Records: records(10, 10)}); !errors.Is(err, guildlog.ErrFailed) || !errors.Is(err, f.err) || errors.Is(err, guildlog.ErrFull) {
 				t.Errorf("appending: %v", err)
 			}
 			f.on.Store(false)
@@ -79,21 +79,21 @@ func TestAfterAFailureNothingIsAcknowledged(t *testing.T) {
 				t.Error("nobody was told")
 			}
 			for what, err := range map[string]error{
-				"appending again":      a.Append(records(10, 10)),
-				"appending to another": b.Append(records(10, 10)),
+				"appending again":      a.Commit(guildlog.Commit{Records: records(10, 10)}),
+				"appending to another": b.Commit(guildlog.Commit{Records: records(10, 10)}),
 				"assigning":            s.Assign(guildA, ownerB),
 				"deleting":             s.Delete(guildB),
 				"asking for room":      s.Room(),
 				"closing":              s.Close(),
 			} {
-				if !errors.Is(err, ErrFailed) || !errors.Is(err, f.err) {
+				if !errors.Is(err, guildlog.ErrFailed) || !errors.Is(err, f.err) {
 					t.Errorf("%s: %v", what, err)
 				}
 			}
 			if a.Last() != 9 || len(readAll(t, a, 0)) != 8 {
 				t.Error("what was not acknowledged can be read")
 			}
-			if st, err := s.Stats(); err != nil || !errors.Is(st.Err, ErrFailed) {
+			if st, err := s.Stats(); err != nil || !errors.Is(st.Err, guildlog.ErrFailed) {
 				t.Errorf("stats: %v, %v", st.Err, err)
 			}
 			// The next process finds what was acknowledged, and at most once what was not.
@@ -107,7 +107,7 @@ func TestAfterAFailureNothingIsAcknowledged(t *testing.T) {
 				if diff := cmp.Diff(records(2, l.Last()), readAll(t, l, 0)); diff != "" || l.Last() != 9 && l.Last() != 10 {
 					t.Errorf("the log ends at %d: %s", l.Last(), diff)
 				}
-				commit(t, l, Commit{Records: records(11, 11)})
+				commit(t, l, guildlog.Commit{Records: records(11, 11)})
 			}
 		})
 	}
@@ -120,19 +120,19 @@ func TestAFullDiskTakesNothingAndIsRead(t *testing.T) {
 	o.Reserve, o.Now = 1000, c.Now
 	o.Retention.Bytes = 1600 // so that a block takes 100
 	s := open(t, "db", o)
-	l := birth(t, s, guildA, Commit{Records: records(2, 9)})
+	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
 	free := func(bytes uint64) { mem.TestingSetDiskUsage(vfs.DiskUsage{AvailBytes: bytes, TotalBytes: 1 << 20}) }
 
 	free(999)
-	if err := s.Room(); !errors.Is(err, ErrFull) {
+	if err := s.Room(); !errors.Is(err, guildlog.ErrFull) {
 		t.Errorf("room with less than the reserve: %v", err)
 	}
-	if _, err := s.Birth(guildB, ownerB, Commit{Records: records(2, 2)}); !errors.Is(err, ErrFull) {
+	if _, err := s.Birth(guildB, ownerB, guildlog.Commit{Records: records(2, 2)}); !errors.Is(err, guildlog.ErrFull) {
 		t.Errorf("a birth with less than the reserve: %v", err)
 	}
-	commit(t, l, Commit{Records: records(10, 10)}) // asked before the reserve was touched
+	commit(t, l, guildlog.Commit{Records: records(10, 10)}) // asked before the reserve was touched
 	free(499)
-	if err := l.Append(records(11, 11)); !errors.Is(err, ErrFull) || errors.Is(err, ErrFailed) {
+	if err := l.Commit(guildlog.Commit{Records: records(11, 11)}); !errors.Is(err, guildlog.ErrFull) || errors.Is(err, guildlog.ErrFailed) {
 		t.Errorf("appending with less than half of the reserve: %v", err)
 	}
 	if st, _ := s.Stats(); !st.Full || st.DiskFree != 499 {
@@ -149,13 +149,13 @@ func TestAFullDiskTakesNothingAndIsRead(t *testing.T) {
 	if err := s.Room(); err != nil {
 		t.Error(err)
 	}
-	commit(t, l, Commit{Records: records(11, 11)})
+	commit(t, l, guildlog.Commit{Records: records(11, 11)})
 }
 
 func TestADirectoryThatCannotBeWrittenIsNotOpened(t *testing.T) {
 	mem := vfs.NewMem()
 	s := mustOpen(t, "db", options(mem))
-	birth(t, s, guildA, Commit{Records: records(2, 9)})
+	birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -168,7 +168,7 @@ func TestADirectoryThatCannotBeWrittenIsNotOpened(t *testing.T) {
 				return nil
 			}))
 			_, got := Open("db", options(fs))
-			if !errors.Is(got, err) || errors.Is(got, ErrCorrupt) || errors.Is(got, ErrLocked) || errors.Is(got, ErrFull) != (name == "full") {
+			if !errors.Is(got, err) || errors.Is(got, ErrCorrupt) || errors.Is(got, ErrLocked) || errors.Is(got, guildlog.ErrFull) != (name == "full") {
 				t.Errorf("opening: %v", got)
 			}
 		})
@@ -218,14 +218,14 @@ func TestDamagedFiles(t *testing.T) {
 	const last = 300
 	dir := t.TempDir()
 	s := open(t, dir, options(nil))
-	l := birth(t, s, guildA, Commit{Records: records(2, 2)})
+	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 2)})
 	for seq := uint64(3); seq <= last; seq++ {
 		if seq == last*2/3 {
 			if err := s.db.Flush(); err != nil {
 				t.Fatal(err)
 			}
 		}
-		commit(t, l, Commit{Records: records(seq, seq)})
+		commit(t, l, guildlog.Commit{Records: records(seq, seq)})
 	}
 	crashed := os.DirFS(dir)
 	for name, test := range map[string]struct {
@@ -393,15 +393,15 @@ func TestALogThatDisagreesIsNotServed(t *testing.T) {
 		"the head is cut short": {damage: func(b *pebble.Batch, l *Log) { set(b, l.key(tableHead), []byte("short")) }},
 		"the head is of another log": {damage: func(b *pebble.Batch, l *Log) {
 			h := l.head
-			h.Log = guildlog.NewID()
+			h.Log = guildlog.NewID(true)
 			set(b, l.key(tableHead), encodeFixed(&h))
 		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			mem := vfs.NewMem()
 			s := mustOpen(t, "db", options(mem))
-			l := birth(t, s, guildA, Commit{Records: records(2, 9)})
-			birth(t, s, guildB, Commit{Records: records(2, 9)})
+			l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
+			birth(t, s, guildB, guildlog.Commit{Records: records(2, 9)})
 			b := s.newBatch()
 			test.damage(b, l)
 			if err := s.apply(b, pebble.Sync); err != nil {

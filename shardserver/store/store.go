@@ -24,11 +24,11 @@
 //	a log that disagrees    Log fails with ErrCorrupt when head, newest and oldest record do not agree
 //	the wrong disk          Log fails with ErrLogMissing
 //	a read-only directory   Open fails with the system's error
-//	a failed write or sync  the write returns ErrFailed, and so does every later one: what is on disk is
+//	a failed write or sync  the write returns guildlog.ErrFailed, and so does every later one: what is on disk is
 //	                        not known any more, and only the next Open finds out. Failed tells it at once; the
 //	                        process is to end without answering. Writes under way may never return, and
 //	                        Pebble may end the process itself
-//	a full disk             with less than Options.Reserve free, Room fails with ErrFull before anything is
+//	a full disk             with less than Options.Reserve free, Room fails with guildlog.ErrFull before anything is
 //	                        written; reading goes on, and so does retention, which makes room again
 //	a slow disk             writes wait; Stats counts writes that take longer than 5 s
 package store
@@ -56,7 +56,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/snowflake"
 )
 
-// Errors of the store, for errors.Is.
+// Errors of the store, for errors.Is, besides guildlog's.
 var (
 	// ErrLocked: another process, or another Store of this one, has the directory open.
 	ErrLocked = errors.New("store: the directory is in use")
@@ -68,10 +68,6 @@ var (
 	ErrLogMissing = errors.New("store: no such log")
 	// ErrLogExists: the guild has a log.
 	ErrLogExists = errors.New("store: the guild has a log")
-	// ErrFull: too little is free on the disk. Nothing was written.
-	ErrFull = errors.New("store: the disk is full")
-	// ErrFailed: a write or a sync went wrong. What is on disk is not known.
-	ErrFailed = errors.New("store: failed")
 	// ErrClosed: the store was closed. Nothing was written.
 	ErrClosed = errors.New("store: closed")
 )
@@ -116,6 +112,8 @@ type Identity struct {
 	Guild snowflake.ID
 	Log   guildlog.ID
 	Epoch int64
+	// Instead is the log that was given up for this one; zero: none.
+	Instead guildlog.ID
 }
 
 // Store is the open directory of a shard. Its methods may be called by several goroutines.
@@ -311,6 +309,14 @@ func (s *Store) Inventory() []Identity {
 	return slices.SortedFunc(maps.Values(s.identities), func(a, b Identity) int { return cmp.Compare(a.Guild, b.Guild) })
 }
 
+// Identity returns the identity of a guild's log, if there is one.
+func (s *Store) Identity(guild snowflake.ID) (id Identity, found bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	id, found = s.identities[guild]
+	return id, found
+}
+
 // Log opens the log of a guild, which must be the expected one; the zero ID expects any. It fails with
 // ErrLogMissing, or with ErrCorrupt. A second call returns the same Log.
 func (s *Store) Log(guild snowflake.ID, expected guildlog.ID) (*Log, error) {
@@ -339,18 +345,19 @@ func (s *Store) Log(guild snowflake.ID, expected guildlog.ID) (*Log, error) {
 }
 
 // Birth makes the log of a guild that has none, with a new ID and epoch 1, and its first records. It
-// fails with ErrLogExists, ErrFull or ErrFailed.
-func (s *Store) Birth(guild snowflake.ID, owner Owner, first Commit) (*Log, error) {
-	return s.birth(guild, owner, first, false)
+// fails with ErrLogExists, guildlog.ErrFull or guildlog.ErrFailed.
+func (s *Store) Birth(guild snowflake.ID, owner Owner, first guildlog.Commit) (*Log, error) {
+	return s.birth(Identity{Owner: owner, Guild: guild}, first, false)
 }
 
-// Rebirth is Birth for a guild that may have a log, which is forgotten in the same write: for who takes
-// a guild over and lets go of what its log had. A Log of the forgotten one fails with ErrLogMissing.
-func (s *Store) Rebirth(guild snowflake.ID, owner Owner, first Commit) (*Log, error) {
-	return s.birth(guild, owner, first, true)
+// Rebirth is Birth for a guild whose log instead is given up, wherever it is. A log of the guild that the
+// directory has is forgotten in the same write: a Log of it fails with ErrLogMissing.
+func (s *Store) Rebirth(guild snowflake.ID, owner Owner, instead guildlog.ID, first guildlog.Commit) (*Log, error) {
+	return s.birth(Identity{Owner: owner, Guild: guild, Instead: instead}, first, true)
 }
 
-func (s *Store) birth(guild snowflake.ID, owner Owner, first Commit, again bool) (*Log, error) {
+func (s *Store) birth(id Identity, first guildlog.Commit, again bool) (*Log, error) {
+	guild := id.Guild
 	if len(first.Records) == 0 {
 		return nil, errors.New("store: a log is born with at least one record")
 	}
@@ -367,7 +374,7 @@ func (s *Store) birth(guild snowflake.ID, owner Owner, first Commit, again bool)
 	if err := s.room(s.o.Reserve); err != nil {
 		return nil, err
 	}
-	id := Identity{Owner: owner, Guild: guild, Log: guildlog.NewID(), Epoch: 1}
+	id.Log, id.Epoch = guildlog.NewID(true), 1
 	l := s.newLog(id)
 	b := s.newBatch()
 	if exists {
@@ -390,7 +397,7 @@ func (s *Store) birth(guild snowflake.ID, owner Owner, first Commit, again bool)
 	return l, nil
 }
 
-// Assign gives the log of a guild to another Guild object. It fails with ErrLogMissing or ErrFailed.
+// Assign gives the log of a guild to another Guild object. It fails with ErrLogMissing or guildlog.ErrFailed.
 func (s *Store) Assign(guild snowflake.ID, owner Owner) error {
 	return s.change(guild, func(b *pebble.Batch, id Identity) {
 		id.Owner = owner
@@ -400,7 +407,7 @@ func (s *Store) Assign(guild snowflake.ID, owner Owner) error {
 }
 
 // Delete erases a guild's log. It is gone when Delete returns; its space on disk comes back soon after.
-// It fails with ErrLogMissing or ErrFailed.
+// It fails with ErrLogMissing or guildlog.ErrFailed.
 func (s *Store) Delete(guild snowflake.ID) error {
 	return s.change(guild, func(b *pebble.Batch, _ Identity) {
 		s.end(guild)
@@ -434,7 +441,7 @@ func (s *Store) end(guild snowflake.ID) {
 	}
 }
 
-// Room says whether the store takes writes: ErrFull when less than the reserve is free, ErrFailed, or
+// Room says whether the store takes writes: guildlog.ErrFull when less than the reserve is free, guildlog.ErrFailed, or
 // nil. Who has asked before it makes a write is not refused by the write: that has half of the reserve.
 func (s *Store) Room() error {
 	if err := s.Err(); err != nil {
@@ -446,7 +453,7 @@ func (s *Store) Room() error {
 func (s *Store) room(reserve uint64) error {
 	usage, err := s.fs.GetDiskUsage(s.dir)
 	if err == nil && usage.AvailBytes < reserve {
-		return fmt.Errorf("%w: %d bytes are free, %d are kept free", ErrFull, usage.AvailBytes, s.o.Reserve)
+		return fmt.Errorf("%w: %d bytes are free, %d are kept free", guildlog.ErrFull, usage.AvailBytes, s.o.Reserve)
 	}
 	return nil
 }
@@ -465,7 +472,7 @@ type Stats struct {
 	// DiskUsed is the size of the store's files in bytes. DiskFree is what is left on the disk, 0 when
 	// the file system does not say.
 	DiskUsed, DiskFree uint64
-	// Full: Room fails with ErrFull.
+	// Full: Room fails with guildlog.ErrFull.
 	Full bool
 	// Err is the failure that ended all writing. Background is the last error of work in the
 	// background, which is tried again.

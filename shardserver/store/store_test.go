@@ -80,7 +80,7 @@ func open(t testing.TB, dir string, o Options) *Store {
 	return s
 }
 
-func birth(t testing.TB, s *Store, guild snowflake.ID, c Commit) *Log {
+func birth(t testing.TB, s *Store, guild snowflake.ID, c guildlog.Commit) *Log {
 	t.Helper()
 	l, err := s.Birth(guild, ownerA, c)
 	if err != nil {
@@ -89,7 +89,7 @@ func birth(t testing.TB, s *Store, guild snowflake.ID, c Commit) *Log {
 	return l
 }
 
-func commit(t testing.TB, l *Log, c Commit) {
+func commit(t testing.TB, l *Log, c guildlog.Commit) {
 	t.Helper()
 	if err := l.Commit(c); err != nil {
 		t.Fatal(err)
@@ -127,7 +127,7 @@ func readAll(t testing.TB, l *Log, seq uint64) (all []guildlog.Record) {
 func stateOf(t testing.TB, l *Log) map[string]string {
 	t.Helper()
 	rows := map[string]string{}
-	if err := l.State(func(key, value []byte) error {
+	if _, err := l.State(func(key, value []byte) error {
 		rows[string(key)] = string(value)
 		return nil
 	}); err != nil {
@@ -140,21 +140,21 @@ func TestWhatWasWrittenIsThereAfterReopening(t *testing.T) {
 	dir := t.TempDir()
 	o := options(nil)
 	s := mustOpen(t, dir, o)
-	first := Commit{
+	first := guildlog.Commit{
 		Records: []guildlog.Record{
 			{Seq: 2, Time: 5, Type: "GUILD_CREATE", Data: []byte(`{}`), Reserved: 3},
 			{Seq: 9, Time: -1, Type: "", Data: []byte{}, Users: []snowflake.ID{1, 1 << 62}},
 			{Seq: 10, Time: 6, Type: "X", Data: bytes.Repeat([]byte("x"), 3<<10), Users: []snowflake.ID{}},
 		},
-		Keys: []Key{
+		Keys: []guildlog.Key{
 			{Name: "key 1", Body: [32]byte{1, 2}, Numbers: []uint64{2, 9}, Answer: []byte("answer")},
 			{Name: "key 2"},
 		},
-		State: []Row{{Key: []byte("name"), Value: []byte("old")}, {Key: []byte("empty"), Value: []byte{}}, {Key: []byte("gone"), Value: []byte("x")}},
+		State: []guildlog.Row{{Key: []byte("name"), Value: []byte("old")}, {Key: []byte("empty"), Value: []byte{}}, {Key: []byte("gone"), Value: []byte("x")}},
 	}
 	l := birth(t, s, guildA, first)
-	commit(t, l, Commit{State: []Row{{Key: []byte("gone")}, {Key: []byte("name"), Value: []byte("new")}}})
-	birth(t, s, guildB, Commit{Records: records(2, 2)})
+	commit(t, l, guildlog.Commit{State: []guildlog.Row{{Key: []byte("gone")}, {Key: []byte("name"), Value: []byte("new")}}})
+	birth(t, s, guildB, guildlog.Commit{Records: records(2, 2)})
 	if err := s.Assign(guildB, ownerB); err != nil {
 		t.Fatal(err)
 	}
@@ -201,7 +201,7 @@ func TestWhatWasWrittenIsThereAfterReopening(t *testing.T) {
 		if _, err := l.Read(0, 1); !errors.Is(err, ErrClosed) {
 			t.Errorf("reading after closing: %v", err)
 		}
-		if err := l.Append(records(11, 11)); !errors.Is(err, ErrClosed) {
+		if err := l.Commit(guildlog.Commit{Records: records(11, 11)}); !errors.Is(err, ErrClosed) {
 			t.Errorf("appending after closing: %v", err)
 		}
 		s = mustOpen(t, dir, o)
@@ -227,27 +227,27 @@ func TestOnlyBirthMakesALog(t *testing.T) {
 	if _, err := s.Log(guildA, guildlog.ID{}); !errors.Is(err, ErrLogMissing) {
 		t.Errorf("an empty disk: %v", err)
 	}
-	if _, err := s.Birth(guildA, ownerA, Commit{}); err == nil {
+	if _, err := s.Birth(guildA, ownerA, guildlog.Commit{}); err == nil {
 		t.Error("a log was born without a record")
 	}
-	l := birth(t, s, guildA, Commit{Records: records(2, 4), Keys: []Key{{Name: "k"}}, State: []Row{{[]byte("a"), []byte("1")}}})
-	if _, err := s.Log(guildA, guildlog.NewID()); !errors.Is(err, ErrLogMissing) {
+	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 4), Keys: []guildlog.Key{{Name: "k"}}, State: []guildlog.Row{{Key: []byte("a"), Value: []byte("1")}}})
+	if _, err := s.Log(guildA, guildlog.NewID(true)); !errors.Is(err, ErrLogMissing) {
 		t.Errorf("another log than expected: %v", err)
 	}
-	if _, err := s.Birth(guildA, ownerA, Commit{Records: records(2, 2)}); !errors.Is(err, ErrLogExists) {
+	if _, err := s.Birth(guildA, ownerA, guildlog.Commit{Records: records(2, 2)}); !errors.Is(err, ErrLogExists) {
 		t.Errorf("a second birth: %v", err)
 	}
-	if _, err := s.Rebirth(guildA, ownerB, Commit{Records: records(1, 1)}); err == nil || l.Append(records(5, 5)) != nil {
+	if _, err := s.Rebirth(guildA, ownerB, guildlog.ID{}, guildlog.Commit{Records: records(1, 1)}); err == nil || l.Commit(guildlog.Commit{Records: records(5, 5)}) != nil {
 		t.Errorf("a rebirth with a number that cannot be ended the log: %v", err)
 	}
-	again, err := s.Rebirth(guildA, ownerB, Commit{Records: records(2, 2), State: []Row{{[]byte("b"), []byte("2")}}})
+	again, err := s.Rebirth(guildA, ownerB, guildlog.ID{}, guildlog.Commit{Records: records(2, 2), State: []guildlog.Row{{Key: []byte("b"), Value: []byte("2")}}})
 	if err != nil {
 		t.Fatal(err)
 	}
 	if again.ID() == l.ID() || again.Epoch() != 1 || again.Last() != 2 {
 		t.Errorf("born again as %s at %d", again.ID(), again.Last())
 	}
-	if err := l.Append(records(6, 6)); !errors.Is(err, ErrLogMissing) {
+	if err := l.Commit(guildlog.Commit{Records: records(6, 6)}); !errors.Is(err, ErrLogMissing) {
 		t.Errorf("the forgotten log takes records: %v", err)
 	}
 	if diff := cmp.Diff(records(2, 2), readAll(t, again, 0)); diff != "" {
@@ -266,11 +266,11 @@ func TestADeletedLogIsErased(t *testing.T) {
 	s := open(t, dir, options(nil))
 	secret := record(2)
 	secret.Data = []byte("the secret of guild A")
-	l := birth(t, s, guildA, Commit{
-		Records: []guildlog.Record{secret}, Keys: []Key{{Name: "k", Answer: secret.Data}},
-		State: []Row{{Key: []byte("row"), Value: secret.Data}},
+	l := birth(t, s, guildA, guildlog.Commit{
+		Records: []guildlog.Record{secret}, Keys: []guildlog.Key{{Name: "k", Answer: secret.Data}},
+		State: []guildlog.Row{{Key: []byte("row"), Value: secret.Data}},
 	})
-	other := birth(t, s, guildB, Commit{Records: records(2, 2)})
+	other := birth(t, s, guildB, guildlog.Commit{Records: records(2, 2)})
 	if err := s.db.Flush(); err != nil {
 		t.Fatal(err)
 	}
@@ -324,14 +324,14 @@ func glob(t testing.TB, dir, pattern string) []string {
 }
 
 func TestNumbersRise(t *testing.T) {
-	l := birth(t, open(t, "db", options(vfs.NewMem())), guildA, Commit{Records: records(2, 5)})
+	l := birth(t, open(t, "db", options(vfs.NewMem())), guildA, guildlog.Commit{Records: records(2, 5)})
 	for what, list := range map[string][]guildlog.Record{
 		"the last one again":         records(5, 6),
 		"one twice":                  {record(6), record(6)},
 		"one that another reserved":  {{Seq: 6, Reserved: 2}, {Seq: 8}},
 		"more reserved than is left": {{Seq: 6, Reserved: ^uint64(0)}},
 	} {
-		if err := l.Append(list); err == nil {
+		if err := l.Commit(guildlog.Commit{Records: list}); err == nil {
 			t.Errorf("%s was taken", what)
 		}
 	}
@@ -346,7 +346,7 @@ func TestKeysAreFoundForADay(t *testing.T) {
 	o := options(fs)
 	o.Now = c.Now
 	s := mustOpen(t, "db", o)
-	l := birth(t, s, guildA, Commit{Records: records(2, 2)})
+	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 2)})
 	found := func(name string) bool {
 		_, found, err := l.Find(name)
 		if err != nil {
@@ -358,7 +358,7 @@ func TestKeysAreFoundForADay(t *testing.T) {
 	const day = 24
 	name := func(hour int) string { return fmt.Sprint("key ", hour) }
 	for hour := range 3 * day {
-		commit(t, l, Commit{Keys: []Key{{Name: name(hour), Numbers: []uint64{uint64(hour)}}}})
+		commit(t, l, guildlog.Commit{Keys: []guildlog.Key{{Name: name(hour), Numbers: []uint64{uint64(hour)}}}})
 		for earlier := range hour + 1 {
 			if want := hour-earlier < day; found(name(earlier)) != want {
 				t.Fatalf("after %d hours the key of %d hours is found: %v", hour, earlier, !want)
@@ -376,7 +376,7 @@ func TestKeysAreFoundForADay(t *testing.T) {
 	// A clock that is set back, and a new process with it.
 	c.Add(-50 * time.Hour)
 	for range 2 {
-		commit(t, l, Commit{Keys: []Key{{Name: "back", Numbers: []uint64{1}}}})
+		commit(t, l, guildlog.Commit{Keys: []guildlog.Key{{Name: "back", Numbers: []uint64{1}}}})
 		if !found(name(3*day-1)) || !found("back") {
 			t.Error("a key is not found with the clock set back")
 		}
@@ -394,18 +394,18 @@ func TestKeysAreFoundForADay(t *testing.T) {
 	if found(name(3*day - 1)) {
 		t.Error("an old key is found")
 	}
-	commit(t, l, Commit{Keys: []Key{{Name: name(0), Numbers: []uint64{99}}}})
+	commit(t, l, guildlog.Commit{Keys: []guildlog.Key{{Name: name(0), Numbers: []uint64{99}}}})
 	if k, _, _ := l.Find(name(0)); len(k.Numbers) != 1 || k.Numbers[0] != 99 {
 		t.Errorf("found %v", k)
 	}
 }
 
 func TestReadIsBounded(t *testing.T) {
-	l := birth(t, open(t, "db", options(vfs.NewMem())), guildA, Commit{Records: records(2, 2)})
+	l := birth(t, open(t, "db", options(vfs.NewMem())), guildA, guildlog.Commit{Records: records(2, 2)})
 	for seq := uint64(3); seq < 20; seq++ {
 		r := record(seq)
 		r.Data = make([]byte, 300<<10)
-		commit(t, l, Commit{Records: []guildlog.Record{r}})
+		commit(t, l, guildlog.Commit{Records: []guildlog.Record{r}})
 	}
 	got, err := l.Read(2, 1000)
 	if err != nil || len(got) != 4 {
@@ -429,7 +429,7 @@ func TestManyGuildsShareSyncs(t *testing.T) {
 	}))))
 	var logs [guilds]*Log
 	for g := range logs {
-		logs[g] = birth(t, s, guildA+snowflake.ID(g), Commit{Records: records(2, 2)})
+		logs[g] = birth(t, s, guildA+snowflake.ID(g), guildlog.Commit{Records: records(2, 2)})
 	}
 	before, err := s.Stats()
 	if err != nil {
@@ -439,7 +439,7 @@ func TestManyGuildsShareSyncs(t *testing.T) {
 	for _, l := range logs {
 		wg.Go(func() {
 			for seq := uint64(3); seq < 3+each; seq++ {
-				if err := l.Append(records(seq, seq)); err != nil {
+				if err := l.Commit(guildlog.Commit{Records: records(seq, seq)}); err != nil {
 					t.Error(err)
 				}
 			}
