@@ -29,7 +29,9 @@ type Report struct {
 	Guilds []Guild `json:"guilds"`
 	// Gone lists the uids of guilds dropped since the revision asked for.
 	Gone []string `json:"gone,omitempty"`
-	Load Load     `json:"load"`
+	// Relays are all that follow guilds of this shard, or did within the last minute, whatever revision was asked for.
+	Relays []Relay `json:"relays,omitempty"`
+	Load   Load    `json:"load"`
 }
 
 // State of a guild on a shard.
@@ -63,10 +65,70 @@ type Guild struct {
 	State   State  `json:"state"`
 	Message string `json:"message,omitempty"`
 	// LastSeq is the number of the log's newest record.
-	LastSeq  uint64 `json:"lastSeq"`
-	Members  int64  `json:"members"`
-	Online   int64  `json:"online"`
-	Sessions int64  `json:"sessions"`
+	LastSeq uint64 `json:"lastSeq"`
+	Members int64  `json:"members"`
+	// Online and Sessions count those of the relays, too.
+	Online   int64 `json:"online"`
+	Sessions int64 `json:"sessions"`
+	// Direct is the sessions on the shard itself.
+	Direct int64 `json:"direct,omitempty"`
+	// Relayed: new connections are led to the relays.
+	Relayed bool `json:"relayed,omitempty"`
+	// Round is the last round of moves that the shard has taken orders of for its own sessions, and Asked how many
+	// of them it has asked to leave in it.
+	Round int64 `json:"round,omitempty"`
+	Asked int64 `json:"asked,omitempty"`
+}
+
+// Relay is a relay's account of itself, which it gives over its link every second.
+type Relay struct {
+	// GuildUID is the uid of the Guild that it follows, Name that of its pod.
+	GuildUID string `json:"guildUID"`
+	Name     string `json:"name"`
+	BootID   string `json:"bootID"`
+	Version  string `json:"version"`
+	// Attached: its link stands.
+	Attached bool `json:"attached"`
+	// AgeMillis is how old the account is, in milliseconds.
+	AgeMillis int64 `json:"ageMillis"`
+	// Ready: it has the history of the resume window and serves.
+	Ready bool `json:"ready"`
+	// LastSeq is the last number that it has.
+	LastSeq             uint64 `json:"lastSeq"`
+	Sessions            int64  `json:"sessions"`
+	DeliveriesPerSecond int64  `json:"deliveriesPerSecond"`
+	// Draining: it lets its sessions go, by order or since it ends.
+	Draining bool `json:"draining"`
+	// Round is the last round of moves that it has taken orders of, and Asked how many sessions it has asked to
+	// leave (op 7) in it.
+	Round int64 `json:"round,omitempty"`
+	Asked int64 `json:"asked,omitempty"`
+}
+
+// OrdersPath is where a shard server's admin port takes Orders: POST, answered 204.
+const OrdersPath = "/v1/orders"
+
+// Orders has sessions of one guild leave where they are: they are asked to reconnect (op 7), and come back wherever
+// the guild's Service leads. Orders of an older term, or of a round older than one that has been seen, are refused with 409.
+type Orders struct {
+	GuildUID string `json:"guildUID"`
+	// Term counts the leaders of the operator, Round the rounds of moves of the guild.
+	Term  int64 `json:"term"`
+	Round int64 `json:"round"`
+	// Deadline, in Unix milliseconds: what has not been asked to leave then stays.
+	Deadline int64   `json:"deadline"`
+	Orders   []Order `json:"orders"`
+}
+
+// Order is for one relay, or for the shard's own sessions.
+type Order struct {
+	// Relay is the name of a pod; empty: the shard itself.
+	Relay string `json:"relay,omitempty"`
+	// Leave is how many sessions are asked to leave in this round, in all; All: every one, also those that come later.
+	Leave int64 `json:"leave,omitempty"`
+	All   bool  `json:"all,omitempty"`
+	// PerSecond bounds how many are asked in a second.
+	PerSecond int64 `json:"perSecond"`
 }
 
 // Load of a shard server, averaged over the last 10 s where it is a rate.
