@@ -1,9 +1,11 @@
 // Command shardserver is Guildhall's data plane: it holds guilds, each an ordered log, and serves
 // their sessions.
 //
-//	shardserver serve    runs a shard server, in Kubernetes or alone from a file
-//	shardserver token    issues a user token
-//	shardserver keygen   makes a key set
+//	shardserver serve      runs a shard server, in Kubernetes or alone from a file
+//	shardserver relay      runs one of a guild's relays
+//	shardserver token      issues a user token
+//	shardserver keygen     makes a key set
+//	shardserver linkcerts  makes the certificates of links
 package main
 
 import (
@@ -18,6 +20,7 @@ import (
 	"syscall"
 	"time"
 
+	"guildhall.dev/guildhall/shardserver/linkcert"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 	"guildhall.dev/guildhall/shardserver/token"
 )
@@ -30,10 +33,12 @@ const defaultKeysDir = "/etc/guildhall/keys"
 const usage = `Usage: shardserver COMMAND [flags]
 
 Commands:
-  serve    run a shard server, in Kubernetes or, with --file, alone
-  token    issue a user token
-  keygen   make a key set in a directory
-  version  print the version
+  serve      run a shard server, in Kubernetes or, with --file, alone
+  relay      run one of a guild's relays
+  token      issue a user token
+  keygen     make a key set in a directory
+  linkcerts  make the certificates of a shard's and a guild's ends of links, for running them without Kubernetes
+  version    print the version
 
 Run "shardserver COMMAND -h" for the command's flags.
 `
@@ -60,7 +65,7 @@ func explain(err error) {
 	fmt.Fprintln(os.Stderr, "shardserver:", err)
 	if f, err2 := os.OpenFile(terminationLog, os.O_WRONLY|os.O_TRUNC, 0); err2 == nil {
 		fmt.Fprintln(f, err)
-		f.Close()
+		_ = f.Close()
 	}
 }
 
@@ -75,6 +80,10 @@ func run(ctx context.Context, args []string, out io.Writer) error {
 	switch args[0] {
 	case "serve":
 		return serveCommand(ctx, args[1:])
+	case "relay":
+		return relayCommand(ctx, args[1:])
+	case "linkcerts":
+		return linkcertsCommand(args[1:])
 	case "token":
 		return tokenCommand(args[1:], out)
 	case "keygen":
@@ -165,6 +174,45 @@ func makeKeys(dir string) error {
 	}
 	if err := os.Link(f.Name(), filepath.Join(dir, token.CurrentKey)); !errors.Is(err, os.ErrExist) {
 		return err
+	}
+	return nil
+}
+
+// linkcertsCommand makes an authority, and DIR/shard and DIR/relay signed by it.
+func linkcertsCommand(args []string) error {
+	fs := flag.NewFlagSet("shardserver linkcerts", flag.ContinueOnError)
+	dir := fs.String("dir", "", "directory in which shard/ and relay/ are made")
+	namespace := fs.String("namespace", "default", "namespace of both ends")
+	shard := fs.String("shard", "shard", "name of the GuildShard")
+	guild := fs.String("guild", "", "id of the guild, a snowflake")
+	if err := parse(fs, args); err != nil {
+		return err
+	}
+	if *dir == "" {
+		return errors.New("linkcerts: --dir: expected a directory")
+	}
+	if _, err := snowflake.Parse(*guild); err != nil {
+		return fmt.Errorf("linkcerts: --guild: %w", err)
+	}
+	now := time.Now()
+	pair, err := linkcert.NewAuthority(*namespace, now)
+	if err != nil {
+		return err
+	}
+	authority, err := linkcert.ParseAuthority(pair)
+	if err != nil {
+		return err
+	}
+	for end, id := range map[string]linkcert.Identity{
+		"shard": {Namespace: *namespace, Shard: *shard}, "relay": {Namespace: *namespace, Guild: *guild},
+	} {
+		p, err := authority.Issue(id, now)
+		if err != nil {
+			return err
+		}
+		if err := linkcert.Write(filepath.Join(*dir, end), p, pair.Cert); err != nil {
+			return err
+		}
 	}
 	return nil
 }

@@ -28,11 +28,15 @@ import (
 	"guildhall.dev/guildhall/shardserver/directory"
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/gateway"
+	"guildhall.dev/guildhall/shardserver/guild"
 	"guildhall.dev/guildhall/shardserver/guildlog"
 	"guildhall.dev/guildhall/shardserver/kube"
+	"guildhall.dev/guildhall/shardserver/link"
+	"guildhall.dev/guildhall/shardserver/linkcert"
 	"guildhall.dev/guildhall/shardserver/manifest"
 	"guildhall.dev/guildhall/shardserver/poll"
 	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/relay"
 	"guildhall.dev/guildhall/shardserver/report"
 	"guildhall.dev/guildhall/shardserver/rest"
 	"guildhall.dev/guildhall/shardserver/snowflake"
@@ -57,12 +61,17 @@ type config struct {
 	listen, listenTLS     string
 	adminListen           string
 	keysDir, tlsDir, data string
+	linkListen, linkDir   string
 	podAddress            string
+	relayAddress          string
 	resolvePod            func(shard string) string
+	resolveRelays         func(id snowflake.ID) string // nil: there are no relays
 	logger                *slog.Logger
 	holdTime              time.Duration // gateway.HoldTime when 0
 	// die ends the process at once.
 	die func(error)
+	// relay: the process is one of a guild's relays.
+	relay *relayConfig
 }
 
 func serveCommand(ctx context.Context, args []string) error {
@@ -78,6 +87,9 @@ func serveCommand(ctx context.Context, args []string) error {
 	fs.StringVar(&c.keysDir, "keys-dir", defaultKeysDir, "directory of the key set; with --file it is made when missing")
 	fs.StringVar(&c.tlsDir, "tls-dir", "", "directory with tls.crt and tls.key, re-read when they change")
 	fs.StringVar(&c.data, "data-dir", "", "directory of the guilds' logs; empty: they are in memory and end with the process")
+	fs.StringVar(&c.linkListen, "link-listen", "", "address of the links of relays; with --link-dir")
+	fs.StringVar(&c.linkDir, "link-dir", "", "directory with tls.crt, tls.key and ca.crt of the links, re-read when they change")
+	fs.StringVar(&c.relayAddress, "relay-address", "relay-{guild}.{namespace}.svc:80", "address of the gateway of a guild's relays")
 	fs.StringVar(&c.podAddress, "pod-address", "{shard}-0.{shard}-pods.{namespace}.svc:8080",
 		"address of the gateway of another GuildShard's pod")
 	if err := parse(fs, args); err != nil {
@@ -91,11 +103,18 @@ func serveCommand(ctx context.Context, args []string) error {
 	switch {
 	case c.file == "" && (c.namespace == "" || c.shardName == "" || c.shardUID == ""):
 		return errors.New("serve: expected --file, or --namespace, --shard-name and --shard-uid")
+	case (c.linkListen == "") != (c.linkDir == ""):
+		return errors.New("serve: --link-listen and --link-dir need each other")
 	case c.file != "" && (c.namespace != "" || c.shardName != "" || c.shardUID != ""):
 		return errors.New("serve: --file excludes --namespace, --shard-name and --shard-uid")
 	}
 	c.resolvePod = func(shard string) string {
 		return strings.NewReplacer("{shard}", shard, "{namespace}", c.namespace).Replace(c.podAddress)
+	}
+	if c.linkListen != "" && c.file == "" {
+		c.resolveRelays = func(id snowflake.ID) string {
+			return strings.NewReplacer("{guild}", id.String(), "{namespace}", c.namespace).Replace(c.relayAddress)
+		}
 	}
 	return serve(ctx, c)
 }
@@ -116,9 +135,12 @@ type server struct {
 	api       *restclient.Config // without --file
 	keys      atomic.Pointer[token.Keys]
 	core      *fanout.Core
-	store     *store.Store // nil: logs are in memory
-	poller    *poll.Poller // nil where the system has none
-	directory *directory.Directory
+	store     *store.Store         // nil: logs are in memory
+	poller    *poll.Poller         // nil where the system has none
+	directory *directory.Directory // of a shard
+	links     *link.Server         // of a shard
+	orders    orders
+	relay     *relay.Relay // of a relay
 	gateway   *gateway.Gateway
 	rest      *rest.Handler
 	meter     *admin.LoadMeter
@@ -129,7 +151,9 @@ type server struct {
 // newServer makes a server that listens. Its clients wait until it runs.
 func newServer(ctx context.Context, c config) (_ *server, err error) {
 	s := &server{config: c}
-	if c.file != "" {
+	switch {
+	case c.relay != nil:
+	case c.file != "":
 		if s.alone, err = manifest.Load(c.file); err != nil {
 			return nil, err
 		}
@@ -137,7 +161,7 @@ func newServer(ctx context.Context, c config) (_ *server, err error) {
 			return nil, fmt.Errorf("making a key set: %w", err)
 		}
 		s.shardName, s.shardUID = s.alone.Shard.Name, string(s.alone.Shard.UID)
-	} else {
+	default:
 		rules := clientcmd.NewDefaultClientConfigLoadingRules()
 		if s.api, err = clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, nil).ClientConfig(); err != nil {
 			return nil, fmt.Errorf("finding the Kubernetes API: %w", err)
@@ -168,14 +192,37 @@ func newServer(ctx context.Context, c config) (_ *server, err error) {
 		Noop:    protocol.Noop,
 		Overrun: func() []byte { return protocol.CloseFrame(protocol.CloseUnknownError, "fell too far behind") },
 	})
+	var guilds gateway.Directory
+	var requests rest.Directory
+	if c.relay != nil {
+		if err := s.makeRelay(); err != nil {
+			return nil, err
+		}
+		guilds, requests = s.relay, s.relay.Requests()
+	} else {
+		s.makeShard()
+		guilds, requests = s.directory, s.directory
+	}
+	hold := cmp.Or(c.holdTime, gateway.HoldTime)
+	s.gateway = gateway.New(gateway.Options{Directory: guilds, Core: s.core, Poller: s.poller, Keys: s.keys.Load, HoldTime: hold})
+	s.rest = rest.New(rest.Options{Directory: requests, Keys: s.keys.Load, Logger: c.logger, HoldTime: hold})
+	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
+	return s, nil
+}
+
+// makeShard makes the server that of a GuildShard.
+func (s *server) makeShard() {
 	s.directory = directory.New(directory.Options{
 		ShardName: s.shardName, ShardUID: s.shardUID, Version: version, Core: s.core,
-		PodAddress: c.resolvePod, Load: s.load, Store: s.store, Logger: c.logger,
+		PodAddress: s.resolvePod, RelayAddress: s.resolveRelays, Load: s.load, Store: s.store, Logger: s.logger,
 	})
-	s.gateway = gateway.New(gateway.Options{Directory: s.directory, Core: s.core, Poller: s.poller, Keys: s.keys.Load, HoldTime: c.holdTime})
-	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
-	s.rest = rest.New(rest.Options{Directory: s.directory, Keys: s.keys.Load, Logger: c.logger, HoldTime: cmp.Or(c.holdTime, gateway.HoldTime)})
-	return s, nil
+	s.links = link.NewServer(link.ServerOptions{
+		Guild: func(id snowflake.ID) *guild.Guild {
+			place, _ := s.directory.Find(id)
+			return place.Guild
+		},
+		Logger: s.logger,
+	})
 }
 
 // run serves until ctx ends or a part of the server fails.
@@ -204,7 +251,7 @@ func (s *server) run(ctx context.Context) (err error) {
 		ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
 	}
 	admins := &http.Server{
-		Handler:     admin.NewHandler(admin.Options{Ready: s.ready, Report: s.directory.Report, Metrics: s.metrics()}),
+		Handler:     admin.NewHandler(s.adminOptions()),
 		ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
 		ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
 	}
@@ -213,11 +260,18 @@ func (s *server) run(ctx context.Context) (err error) {
 		start("gateway over TLS", func() error { return clients.Serve(s.listeners.tls) })
 	}
 	start("admin", func() error { return admins.Serve(s.listeners.admin) })
+	links := &http.Server{Handler: s.links, ReadHeaderTimeout: 10 * time.Second, MaxHeaderBytes: 16 << 10, ErrorLog: clients.ErrorLog}
+	if s.listeners.links != nil {
+		start("links", func() error { return links.Serve(s.listeners.links) })
+	}
 	group.Go(func() { trimMemory(background) })
 	start("keys", func() error { return s.watchKeys(background) })
-	if s.alone != nil {
+	switch {
+	case s.relay != nil:
+		group.Go(func() { s.relay.Run(background) })
+	case s.alone != nil:
 		s.runAlone()
-	} else {
+	default:
 		start("kubernetes", func() error { return kube.Feed(background, s.api, s.namespace, s.shardName, s.directory) })
 	}
 	s.logger.Info("shard server started", "version", version, "shard", s.shardName,
@@ -238,8 +292,17 @@ func (s *server) run(ctx context.Context) (err error) {
 	s.draining.Store(true)
 	end, stop := context.WithTimeout(context.Background(), shutdownTimeout)
 	defer stop()
+	if s.relay != nil {
+		s.relay.Drain(context.Background(), s.config.relay.drain)
+		end, stop = context.WithTimeout(context.Background(), shutdownTimeout)
+		defer stop()
+	}
 	s.gateway.Drain(end)
-	s.directory.Stop()
+	if s.directory != nil {
+		s.directory.Stop()
+		s.links.Close()
+		_ = links.Close()
+	}
 	for _, server := range []*http.Server{clients, admins} {
 		if server.Shutdown(end) != nil {
 			_ = server.Close()
@@ -275,6 +338,13 @@ func openStore(ctx context.Context, dir string, logger *slog.Logger) (*store.Sto
 	}
 }
 
+// report is the shard server's account of itself, and of its relays.
+func (s *server) report(bootID string, since int64) report.Report {
+	r := s.directory.Report(bootID, since)
+	r.Relays = s.links.Relays(s.directory.UID)
+	return r
+}
+
 // load is what the process does.
 func (s *server) load() report.Load {
 	l := s.meter.Load()
@@ -287,11 +357,11 @@ func (s *server) load() report.Load {
 }
 
 type listeners struct {
-	plain, tls, admin net.Listener
+	plain, tls, admin, links net.Listener
 }
 
 func (l *listeners) close() {
-	for _, ln := range []net.Listener{l.plain, l.tls, l.admin} {
+	for _, ln := range []net.Listener{l.plain, l.tls, l.admin, l.links} {
 		if ln != nil {
 			ln.Close()
 		}
@@ -313,6 +383,16 @@ func (s *server) listenAll() (l listeners, err error) {
 	l.plain = limitListener(l.plain, places)
 	if l.admin, err = net.Listen("tcp", s.adminListen); err != nil {
 		return l, fmt.Errorf("--admin-listen: %w", err)
+	}
+	if s.linkListen != "" {
+		files, err := linkcert.Load(s.linkDir)
+		if err != nil {
+			return l, fmt.Errorf("--link-dir: %w", err)
+		}
+		if l.links, err = net.Listen("tcp", s.linkListen); err != nil {
+			return l, fmt.Errorf("--link-listen: %w", err)
+		}
+		l.links = tls.NewListener(l.links, files.Server())
 	}
 	if s.tlsDir == "" {
 		return l, nil
@@ -410,6 +490,8 @@ func (s *server) ready() error {
 	switch {
 	case s.draining.Load():
 		return errDraining
+	case s.relay != nil:
+		return s.relay.Ready()
 	case !s.directory.Synced():
 		return errNotSynced
 	}
@@ -460,7 +542,32 @@ func (s *server) runAlone() {
 }
 
 func (s *server) totals() admin.Totals {
-	return admin.Totals{Events: s.directory.Events(), Deliveries: s.core.Stats().Deliveries}
+	return admin.Totals{Events: s.events(), Deliveries: s.core.Stats().Deliveries}
+}
+
+// events is how many events this process has appended to logs.
+func (s *server) events() uint64 {
+	if s.relay != nil {
+		return 0
+	}
+	return s.directory.Events()
+}
+
+// holding is the number of guilds that this process serves.
+func (s *server) holding() int {
+	if s.relay != nil {
+		return s.relay.Holding()
+	}
+	return s.directory.Holding()
+}
+
+// adminOptions are what the admin port shows. A relay reports over its link.
+func (s *server) adminOptions() admin.Options {
+	o := admin.Options{Ready: s.ready, Metrics: s.metrics()}
+	if s.relay == nil {
+		o.Report, o.Orders = s.report, s.takeOrders
+	}
+	return o
 }
 
 // metrics are what /metrics shows.
@@ -473,7 +580,7 @@ func (s *server) metrics() prometheus.Gatherer {
 	counter := func(name, help string, f func() float64) {
 		r.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Namespace: "guildhall", Name: name, Help: help}, f))
 	}
-	gauge("guilds", "Guilds that this process holds.", func() float64 { return float64(s.directory.Holding()) })
+	gauge("guilds", "Guilds that this process holds.", func() float64 { return float64(s.holding()) })
 	gauge("sessions", "Connections that have identified or resumed, or may now.", func() float64 { return float64(s.gateway.Sessions()) })
 	gauge("connections", "All client connections.", func() float64 { return float64(s.gateway.Connections()) })
 	gauge("connections_held", "Connections that wait until their guild can serve them.", func() float64 { return float64(s.gateway.Held()) })
@@ -481,7 +588,7 @@ func (s *server) metrics() prometheus.Gatherer {
 	gauge("sessions_lagging", "Sessions whose socket takes no more at present.", func() float64 { return float64(s.core.Stats().Parked) })
 	gauge("sessions_catching_up", "Sessions that are brought up to date from their guild's history.", func() float64 { return float64(s.core.Stats().CatchingUp) })
 	gauge("messages_half_sent", "Messages of clients of which the rest is waited for.", func() float64 { return float64(s.gateway.HalfSent()) })
-	counter("events_total", "Events appended to the logs.", func() float64 { return float64(s.directory.Events()) })
+	counter("events_total", "Events appended to the logs.", func() float64 { return float64(s.events()) })
 	counter("deliveries_total", "Events written to sessions.", func() float64 { return float64(s.core.Stats().Deliveries) })
 	counter("writes_total", "Write calls on sockets of sessions.", func() float64 { return float64(s.core.Stats().Writes) })
 	counter("written_bytes_total", "Bytes written to sockets of sessions.", func() float64 { return float64(s.core.Stats().Bytes) })

@@ -376,6 +376,83 @@ func TestOneProcessADirectory(t *testing.T) {
 	}
 }
 
+// TestRelay: sessions on a relay hear what is published, REST goes through to the shard, a restart of the shard closes no
+// socket, and when the relay ends its sessions are asked to leave and can go on at the shard.
+func TestRelay(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := run(context.Background(), []string{"linkcerts", "--dir", dir, "--namespace", "ns", "--shard", "a", "--guild", guildID}, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	c := testConfig(t, "a", guildID)
+	c.data = filepath.Join(t.TempDir(), "data")
+	c.linkListen, c.linkDir = "127.0.0.1:0", filepath.Join(dir, "shard")
+	shard := start(t, c)
+	c.linkListen, c.listen = shard.listeners.links.Addr().String(), shard.address() // where the next one is found
+	relay := start(t, config{
+		keysDir: c.keysDir, listen: "127.0.0.1:0", adminListen: "127.0.0.1:0", linkDir: filepath.Join(dir, "relay"),
+		logger: slog.New(slog.DiscardHandler),
+		relay: &relayConfig{
+			guild: 1100000000000000001, guildUID: "uid", name: "r", shardAddress: c.linkListen, restAddress: shard.address(),
+			gatewayURL: "ws://relays.example", sessions: 100, drain: 2 * time.Second,
+		},
+	})
+	ws := relay.dial(guildID)
+	expect(t, ws, protocol.OpHello)
+	identify(t, ws, relay.token(1, false))
+	var ready struct {
+		SessionID string `json:"session_id"`
+		URL       string `json:"resume_gateway_url"`
+	}
+	if err := json.Unmarshal(expect(t, ws, "READY").D, &ready); err != nil || ready.URL != "ws://relays.example/g/"+guildID+"/" {
+		t.Fatal(ready, err)
+	}
+	expect(t, ws, "GUILD_CREATE")
+	publish := func(n int) uint64 {
+		t.Helper()
+		if status, answer, err := relay.publish(guildID, fmt.Sprintf(`{"t":"MESSAGE_CREATE","d":{"n":%d}}`, n)); status != 200 {
+			t.Fatal(status, answer, err)
+		}
+		return expect(t, ws, "MESSAGE_CREATE").S
+	}
+	publish(1)
+	eventually(t, "the shard reports the relay", func() bool {
+		_, body := shard.admin(report.Path)
+		var account report.Report
+		return json.Unmarshal([]byte(body), &account) == nil && len(account.Relays) == 1 && account.Relays[0].Sessions == 1 &&
+			account.Relays[0].Attached && account.Guilds[0].Sessions == 1 && account.Guilds[0].Direct == 0
+	})
+
+	shard.stop()
+	if err := <-shard.ended; err != nil {
+		t.Fatal(err)
+	}
+	shard = start(t, c)
+	eventually(t, "the link is up again", func() bool {
+		_, body := shard.admin(report.Path)
+		return strings.Contains(body, `"attached":true`)
+	})
+	last := publish(2)
+
+	relay.stop()
+	expect(t, ws, protocol.OpReconnect)
+	if status, _ := relay.admin("/readyz"); status != 503 {
+		t.Errorf("ready while it ends: %d", status)
+	}
+	ws.Close()
+	if err := <-relay.ended; err != nil {
+		t.Error(err)
+	}
+	ws = shard.dial(guildID)
+	expect(t, ws, protocol.OpHello)
+	if err := ws.WriteJSON(map[string]any{"op": 6, "d": map[string]any{"token": shard.token(1, false), "session_id": ready.SessionID, "seq": last}}); err != nil {
+		t.Fatal(err)
+	}
+	if m := expect(t, ws, "RESUMED"); m.S != last {
+		t.Errorf("%+v, expected %d", m, last)
+	}
+}
+
 func TestLimitedListener(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

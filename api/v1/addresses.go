@@ -10,12 +10,18 @@ const (
 	FrontDoorService = "guildhall-gateway"
 )
 
+// RelayService is the Service that leads to the relays of the guild with that id and, while none of them takes
+// connections, to its shard. It is there from the guild's first relay to the guild's end.
+func RelayService(id string) string { return "relay-" + id }
+
 // Addresses are the URLs of a guild, each ws(s)://host[:port][/path]/g/<id>/.
 type Addresses struct {
 	// Gateway is the lasting address, which outlives moves, and where sessions resume.
 	Gateway string
 	// Direct is where new connections go.
 	Direct string
+	// Relays is where sessions of relays resume.
+	Relays string
 }
 
 // AddressesOf returns the URLs of the guild with that id. shard is the GuildShard that holds it.
@@ -31,6 +37,7 @@ func AddressesOf(g *Guild, id string, shard *GuildShard) Addresses {
 	return Addresses{
 		Gateway: guildURL(id, own, frontDoor, inside(FrontDoorService)),
 		Direct:  guildURL(id, own, direct, frontDoor, inside(shard.Name)),
+		Relays:  guildURL(id, own, inside(RelayService(id))),
 	}
 }
 

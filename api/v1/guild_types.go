@@ -49,6 +49,10 @@ type GuildSpec struct {
 	// +optional
 	// +default={}
 	Relays GuildRelays `json:"relays,omitempty,omitzero"`
+
+	// rebalance says how sessions are moved between relays, and how fast.
+	// +optional
+	Rebalance *GuildRebalance `json:"rebalance,omitempty"`
 }
 
 // JoinPolicy says who may become a member of a guild.
@@ -198,20 +202,96 @@ type GuildRelays struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=15000
 	SessionsPerRelay int32 `json:"sessionsPerRelay,omitempty"`
+
+	// stabilizationSeconds is how long, in mode Auto, a load must ask for another number of relay pods.
+	// +optional
+	StabilizationSeconds *RelayStabilization `json:"stabilizationSeconds,omitempty"`
+}
+
+// RelayStabilization is how long a load must ask for another number of relay pods.
+// +kubebuilder:validation:MinProperties=1
+type RelayStabilization struct {
+	// up is how long it must ask for more, 1 to 3600 seconds; 4 when absent.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=3600
+	Up int32 `json:"up,omitempty"`
+
+	// down is how long it must ask for fewer, 1 to 86400 seconds; 300 when absent.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=86400
+	Down int32 `json:"down,omitempty"`
+}
+
+// RebalanceMode says what happens to an uneven spread of sessions over relays.
+// +kubebuilder:validation:Enum=Auto;Approve;Off
+type RebalanceMode string
+
+const (
+	// RebalanceAuto moves sessions at once; the default.
+	RebalanceAuto RebalanceMode = "Auto"
+	// RebalanceApprove waits for the annotation that approves the plan.
+	RebalanceApprove RebalanceMode = "Approve"
+	// RebalanceOff leaves evening out to those who come and go.
+	RebalanceOff RebalanceMode = "Off"
+)
+
+// AnnotationApprove on a Guild approves the plan of moves whose hash, status.rebalance.planHash, is the
+// annotation's value. It counts for that plan alone.
+const AnnotationApprove = "guildhall.dev/approve"
+
+// GuildRebalance says how sessions are moved between relays. What is moved because a relay goes,
+// or since the guild gets or loses its relays, needs no approval, and is as fast.
+// +kubebuilder:validation:MinProperties=1
+type GuildRebalance struct {
+	// mode is Auto (the default), Approve or Off.
+	// +optional
+	Mode RebalanceMode `json:"mode,omitempty"`
+
+	// maxMovesPerSecond bounds how many sessions of the guild are asked to reconnect in a second,
+	// 1 to 15000; 500 when absent. A relay that ends has the time to ask all that it may hold.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=15000
+	MaxMovesPerSecond int32 `json:"maxMovesPerSecond,omitempty"`
+
+	// maxSkewPercent is by how much a relay may have more sessions than the even share, 1 to 1000
+	// percent; 10 when absent.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=1000
+	MaxSkewPercent int32 `json:"maxSkewPercent,omitempty"`
+
+	// minSkewSessions is the number of sessions above the even share below which nothing is
+	// moved, 1 to 15000; 100 when absent.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	// +kubebuilder:validation:Maximum=15000
+	MinSkewSessions int32 `json:"minSkewSessions,omitempty"`
 }
 
 // GuildMode says how a guild's sessions are served.
 // +kubebuilder:validation:Enum=Direct;Promoting;Relayed;Demoting
 type GuildMode string
 
-// GuildDirect: the shard holds all sessions itself.
-const GuildDirect GuildMode = "Direct"
+const (
+	// GuildDirect: the shard holds all sessions itself.
+	GuildDirect GuildMode = "Direct"
+	// GuildPromoting: relays are on their way, or the shard's sessions on their way to relays.
+	GuildPromoting GuildMode = "Promoting"
+	// GuildRelayed: relays hold the sessions.
+	GuildRelayed GuildMode = "Relayed"
+	// GuildDemoting: the relays' sessions are on their way to the shard.
+	GuildDemoting GuildMode = "Demoting"
+)
 
 // GuildStatus is what the operator last saw of a guild.
 // +kubebuilder:validation:MinProperties=1
 type GuildStatus struct {
 	// conditions are Accepted (the spec can be carried out), Placed (a shard is booked),
-	// Ready (clients can connect), LoadFresh (the counts are recent).
+	// Ready (clients can connect), LoadFresh (the counts are recent), Balanced (the sessions lie
+	// evenly on the relays), Progressing (relays are being made, replaced or emptied).
 	// +optional
 	// +listType=map
 	// +listMapKey=type
@@ -265,6 +345,10 @@ type GuildStatus struct {
 	// relays is the state of the guild's relay pods.
 	// +optional
 	Relays *GuildRelaysStatus `json:"relays,omitempty"`
+
+	// rebalance is the last round of moves, or the one that waits for approval.
+	// +optional
+	Rebalance *GuildRebalanceStatus `json:"rebalance,omitempty"`
 }
 
 // GuildPlacementStatus is the shard that holds a guild and the log that it writes.
@@ -305,16 +389,82 @@ type GuildGatewayStatus struct {
 
 // GuildRelaysStatus is the state of a guild's relay pods.
 type GuildRelaysStatus struct {
+	// desired is the number of relay pods decided on.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	Desired *int32 `json:"desired,omitempty"`
+
 	// replicas is the number of relay pods that exist.
 	// +required
 	// +kubebuilder:validation:Minimum=0
 	Replicas *int32 `json:"replicas,omitempty"`
+
+	// ready is the number of relay pods that serve and stay.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	Ready *int32 `json:"ready,omitempty"`
+
+	// updated is the number of relay pods made from the present spec.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	Updated *int32 `json:"updated,omitempty"`
+
+	// draining is the number of relay pods that let their sessions go.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	Draining *int32 `json:"draining,omitempty"`
 
 	// selector matches the guild's relay pods, for the scale subresource.
 	// +required
 	// +kubebuilder:validation:MinLength=1
 	// +kubebuilder:validation:MaxLength=512
 	Selector string `json:"selector,omitempty"`
+}
+
+// GuildRebalanceStatus is a round of moves.
+// +kubebuilder:validation:MinProperties=1
+type GuildRebalanceStatus struct {
+	// round is the number of the last round that was begun.
+	// +optional
+	// +kubebuilder:validation:Minimum=1
+	Round int64 `json:"round,omitempty"`
+
+	// planHash names the plan of the round under way, or of the one that waits for approval: the annotation
+	// guildhall.dev/approve with this value approves it.
+	// +optional
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=64
+	PlanHash string `json:"planHash,omitempty"`
+
+	// summary says who is to leave where in that plan.
+	// +optional
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=512
+	Summary string `json:"summary,omitempty"`
+
+	// toMove is the number of sessions that the plan has yet to move.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	ToMove *int64 `json:"toMove,omitempty"`
+
+	// moved is the number of sessions asked to reconnect in the last round.
+	// +optional
+	// +kubebuilder:validation:Minimum=0
+	Moved *int64 `json:"moved,omitempty"`
+
+	// startedAt is when the round under way began.
+	// +optional
+	StartedAt *metav1.Time `json:"startedAt,omitempty"`
+
+	// deadline ends the round under way: who has not been asked to reconnect then stays.
+	// +optional
+	Deadline *metav1.Time `json:"deadline,omitempty"`
+
+	// blockedReason says why moves that are due do not begin, or pause.
+	// +optional
+	// +kubebuilder:validation:MinLength=1
+	// +kubebuilder:validation:MaxLength=64
+	BlockedReason string `json:"blockedReason,omitempty"`
 }
 
 // Guild is a community: members, channels and roles, and one ordered log of everything that
@@ -330,6 +480,9 @@ type GuildRelaysStatus struct {
 // +kubebuilder:printcolumn:name="Mode",type=string,JSONPath=`.status.mode`
 // +kubebuilder:printcolumn:name="Members",type=integer,JSONPath=`.status.members`
 // +kubebuilder:printcolumn:name="Online",type=integer,JSONPath=`.status.online`
+// +kubebuilder:printcolumn:name="Relays",type=integer,JSONPath=`.status.relays.ready`
+// +kubebuilder:printcolumn:name="Want",type=integer,JSONPath=`.status.relays.desired`
+// +kubebuilder:printcolumn:name="ToMove",type=integer,JSONPath=`.status.rebalance.toMove`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:printcolumn:name="Id",type=string,priority=1,JSONPath=`.status.id`
 // +kubebuilder:printcolumn:name="Epoch",type=integer,priority=1,JSONPath=`.status.placement.epoch`

@@ -41,6 +41,11 @@ type GuildShardSpec struct {
 	// template shapes the shard's pod.
 	// +optional
 	Template *PodTemplate `json:"template,omitempty"`
+
+	// relayTemplate shapes the relay pods of the guilds on the shard. A change rolls out to them, and
+	// leaves the shard's own pod alone.
+	// +optional
+	RelayTemplate *PodTemplate `json:"relayTemplate,omitempty"`
 }
 
 // ShardCapacity is what a shard is planned to hold.
@@ -133,7 +138,7 @@ type ShardGateway struct {
 	TLSSecretName string `json:"tlsSecretName,omitempty"`
 }
 
-// PodTemplate is the part of a pod that users of a GuildShard may shape.
+// PodTemplate is the part of a pod that users of a GuildShard may shape; the container is the shard server's or the relay's.
 // +kubebuilder:validation:MinProperties=1
 type PodTemplate struct {
 	// metadata is added to the pod.

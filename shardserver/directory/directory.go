@@ -40,6 +40,8 @@ type Options struct {
 	Store *store.Store
 	// PodAddress is host and port of the gateway of the pod of another GuildShard.
 	PodAddress func(shardName string) string
+	// RelayAddress is host and port of the relays of a guild; nil: there are none.
+	RelayAddress func(id snowflake.ID) string
 	// Load measures the process for the report.
 	Load   func() report.Load
 	Logger *slog.Logger
@@ -97,8 +99,10 @@ type Place struct {
 	Guild *guild.Guild
 	// Object is the Guild resource; nil when the guild is unknown.
 	Object *v1.Guild
-	// Remote is host and port of the pod that holds it, when that is another one.
+	// Remote is host and port of where it is served, when that is not here.
 	Remote string
+	// Relays is host and port of the relays that serve the guild, which is held here.
+	Relays string
 }
 
 // Find looks a guild up. changed is closed when the answer may be another one.
@@ -115,10 +119,34 @@ func (d *Directory) Find(id snowflake.ID) (p Place, changed <-chan struct{}) {
 // placeOf is where a placed guild is. d.mu is held.
 func (d *Directory) placeOf(e *entry) (p Place) {
 	p.Guild, p.Object = e.local, e.object
-	if shard := e.object.Status.Placement.ShardName; e.local == nil && shard != d.o.ShardName {
+	relayed := d.o.RelayAddress != nil && e.object.Status.Mode == v1.GuildRelayed
+	switch shard := e.object.Status.Placement.ShardName; {
+	case e.local != nil && relayed:
+		p.Relays = d.o.RelayAddress(e.id)
+	case e.local == nil && shard != d.o.ShardName:
 		p.Remote = d.o.PodAddress(shard)
 	}
 	return p
+}
+
+// Held returns the guild of a Guild object, when it is held here.
+func (d *Directory) Held(uid string) (g *guild.Guild, id snowflake.ID) {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if e := d.guilds[uid]; e != nil {
+		return e.local, e.id
+	}
+	return nil, 0
+}
+
+// UID returns the uid of the Guild object of a guild that is placed somewhere; empty when it is not known.
+func (d *Directory) UID(id snowflake.ID) string {
+	d.mu.RLock()
+	defer d.mu.RUnlock()
+	if e := d.byID[id]; e != nil {
+		return string(e.object.UID)
+	}
+	return ""
 }
 
 // Synced says that the directory knows every guild of the namespace.
@@ -254,10 +282,10 @@ func (d *Directory) apply(g *v1.Guild) (stop *guild.Guild, last func(seq uint64)
 		stop, e.local = e.local, nil
 	}
 	// Resources change often, in what does not matter to those who wait.
-	if after := d.placeOf(e); before.Object == nil || before.Guild != after.Guild || before.Remote != after.Remote {
+	if after := d.placeOf(e); before.Object == nil || before.Guild != after.Guild || before.Remote != after.Remote || before.Relays != after.Relays {
 		d.notify()
 	}
-	return stop, movedFrames
+	return stop, MovedFrames
 }
 
 // hold opens a guild that is placed here, if it is not open, and brings it in line with its spec. d.opening is held.
@@ -284,7 +312,7 @@ func (d *Directory) hold(uid string) {
 	d.mu.Lock()
 	if d.stopped && local != nil {
 		d.mu.Unlock()
-		local.Close(movedFrames)
+		local.Close(MovedFrames)
 		return
 	}
 	defer d.mu.Unlock()
@@ -318,8 +346,8 @@ func bootstrapChannels(g *v1.Guild) (channels []guild.BootstrapChannel) {
 	return channels
 }
 
-// movedFrames end the sessions of a guild that is placed elsewhere: they resume there.
-func movedFrames(uint64) []byte {
+// MovedFrames end the sessions of a guild that is served elsewhere from now on: they resume there.
+func MovedFrames(uint64) []byte {
 	return append(bytes.Clone(protocol.Reconnect), protocol.CloseFrame(protocol.CloseUnknownError, "the guild has moved")...)
 }
 
@@ -359,7 +387,7 @@ func (d *Directory) Stop() {
 	d.opening.Lock() // what is being opened is seen here, or ended there
 	defer d.opening.Unlock()
 	for _, g := range d.locals() {
-		g.Close(movedFrames)
+		g.Close(MovedFrames)
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()

@@ -112,6 +112,9 @@ func (d *Directory) localGuilds() map[string]report.Guild {
 			c := e.local.Counts()
 			g.State, g.LogID, g.Epoch = report.Serving, e.local.LogID().String(), e.local.Epoch()
 			g.LastSeq, g.Members, g.Online, g.Sessions = c.LastSeq, int64(c.Members), int64(c.Online), int64(c.Sessions)
+			round, asked := e.local.Moved()
+			g.Direct, g.Round, g.Asked = int64(c.Direct), round, int64(asked)
+			g.Relayed = d.placeOf(e).Relays != ""
 		case errors.Is(e.failed, store.ErrLogMissing):
 			g.State, g.Message = report.LogMissing, e.failed.Error()
 		case e.failed != nil:

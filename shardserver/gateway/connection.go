@@ -441,5 +441,7 @@ func (c *connection) resume(data json.RawMessage) error {
 		Session: c.session.Load(), User: guild.NewUser(claims.User, claims.Name, claims.Bot),
 		Random: sealed.Random, Intents: sealed.Intents, Outside: sealed.Capabilities&otherShard != 0,
 	}
-	return c.started(c.guild.Resume(c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, c.sendGuild))
+	ctx, cancel := context.WithTimeout(context.Background(), c.gateway.times.identify)
+	defer cancel()
+	return c.started(c.guild.Resume(ctx, c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, c.sendGuild))
 }

@@ -16,6 +16,7 @@ import (
 
 	"github.com/gorilla/websocket"
 
+	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/shardserver/directory"
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guild"
@@ -62,9 +63,19 @@ var defaultTimes = times{
 // versions of the protocol, by the parameter that asks for them.
 var versions = map[string]int8{"": 10, "10": 10, "9": 9}
 
+// Directory knows where guilds are.
+type Directory interface {
+	Find(id snowflake.ID) (place directory.Place, changed <-chan struct{})
+	Addresses(object *v1.Guild) v1.Addresses
+	// SessionCapacity is how many connections this server is planned to hold.
+	SessionCapacity() int
+	// Reconnect asks all sessions to come back on another connection.
+	Reconnect()
+}
+
 // Options of a Gateway.
 type Options struct {
-	Directory *directory.Directory
+	Directory Directory
 	Core      *fanout.Core
 	// Poller tells when connections have something to read; nil: each has a goroutine that waits for it.
 	Poller *poll.Poller
@@ -279,7 +290,7 @@ func (g *Gateway) sweep() {
 // holds it, or neither when the client has waited long enough.
 func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) {
 	g := c.gateway
-	if place, _ := g.o.Directory.Find(c.id); place.Guild != nil && !g.draining.Load() && g.admit() {
+	if place, _ := g.o.Directory.Find(c.id); place.Guild != nil && place.Relays == "" && !g.draining.Load() && g.admit() {
 		return place.Guild, nil // mostly
 	}
 	g.held.Add(1)
@@ -291,6 +302,12 @@ func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) 
 	defer retry.Stop()
 	for {
 		place, changed := g.o.Directory.Find(c.id)
+		if place.Relays != "" && !c.forwarded && !g.draining.Load() {
+			if conn, err := g.dial(place.Relays, request, deadline); err == nil {
+				return nil, conn
+			}
+			// Better here than nowhere.
+		}
 		switch {
 		case g.draining.Load():
 		case place.Guild != nil && g.admit():

@@ -54,6 +54,13 @@ func frame(r *guildlog.Record, t turn) *fanout.Frame {
 	return f
 }
 
+// volatileFrame makes the frame of an event that is not logged, behind the number that it carries.
+func volatileFrame(r guildlog.Record) *fanout.Frame {
+	f := frame(&r, turn{})
+	f.Volatile = true
+	return f
+}
+
 // derived makes the frame that follows from a record with a turn, for its user alone. created is the
 // body of GUILD_CREATE for one who joins. It is nil when the guild as it was then is not at hand:
 // sessions cannot pass the frame, and start from a snapshot.

@@ -100,10 +100,14 @@ type Guild struct {
 	// mu makes last, state and stream change together, once the log has committed: the actor alone changes
 	// them and holds it then, those who read the state or attach sessions hold it for reading.
 	mu    sync.RWMutex
-	last  uint64 // the last number that may be shown
+	last  uint64        // the last number that may be shown
+	shown atomic.Uint64 // the same, for those who do not hold mu
 	state *state
+	feeds []*Feed
 
 	sessions registry
+	upstream Upstream // nil: the guild writes its log itself
+	mover    mover
 
 	settings struct {
 		sync.RWMutex
@@ -136,8 +140,8 @@ func Birth(c Config) guildlog.Commit {
 	return guildlog.Commit{Records: []guildlog.Record{r}, State: t.rows}
 }
 
-// Open opens a guild, with the state that its log adds up to.
-func Open(c Config) (*Guild, error) {
+// newGuild makes a guild without its state.
+func newGuild(c Config) *Guild {
 	g := &Guild{
 		id: c.ID, log: c.Log, ids: c.IDs, now: c.Now, logger: c.Logger, events: c.Events,
 		commands: make(chan *command, maxPending), closed: make(chan struct{}), stopped: make(chan struct{}),
@@ -154,13 +158,24 @@ func Open(c Config) (*Guild, error) {
 	}
 	g.settings.open, g.settings.name = c.Open, c.Name
 	g.sessions.init()
+	return g
+}
+
+func (g *Guild) newStream(c Config) {
+	g.stream = c.Core.NewStream(g.last, history{g.id, g.log}, window(c.Retention), fanout.Retention(c.Retention))
+}
+
+// Open opens a guild, with the state that its log adds up to.
+func Open(c Config) (*Guild, error) {
+	g := newGuild(c)
 	if g.last == 0 {
 		return nil, fmt.Errorf("opening guild %s: its log has not been born", c.ID)
 	}
 	if err := g.state.load(g.log); err != nil {
 		return nil, fmt.Errorf("reading the state of guild %s: %w", c.ID, err)
 	}
-	g.stream = c.Core.NewStream(g.last, history{g.id, g.log}, window(c.Retention), fanout.Retention(c.Retention))
+	g.shown.Store(g.last)
+	g.newStream(c)
 	g.settings.renamed = c.Name != g.state.layout.name
 	go g.run()
 	if g.settings.renamed {
@@ -182,14 +197,16 @@ func (g *Guild) Epoch() int64 { return g.log.Epoch() }
 type Counts struct {
 	LastSeq                   uint64
 	Members, Online, Sessions int
+	// Direct is the sessions that are not on relays.
+	Direct int
 }
 
 // Counts returns the guild's present counts.
 func (g *Guild) Counts() Counts {
 	g.mu.RLock()
-	c := Counts{LastSeq: g.last, Members: len(g.state.members)}
+	c := Counts{LastSeq: g.last, Members: g.state.count}
 	g.mu.RUnlock()
-	c.Sessions, c.Online = g.sessions.counts()
+	c.Sessions, c.Online, c.Direct = g.sessions.counts()
 	return c
 }
 
@@ -263,6 +280,7 @@ func (g *Guild) Close(last func(seq uint64) []byte) {
 	}
 	g.mu.Unlock()
 	<-g.stopped
+	g.mover.stop()
 	g.stream.Close(last(g.last))
 }
 
@@ -283,6 +301,8 @@ type tx struct {
 	keys    []guildlog.Key
 	frames  []*fanout.Frame
 	untold  []untold
+	// volatile are staged events that are not logged, with the number that they come behind.
+	volatile []guildlog.Record
 }
 
 // untold is a join of which nobody was to be told when it was staged.
@@ -371,7 +391,7 @@ func (g *Guild) carryOut(batch []*command) bool {
 			if c.err = c.run(own); c.err == nil && own.writes() {
 				c.err = full
 			} else {
-				t.frames = append(t.frames, own.frames...)
+				t.frames, t.volatile = append(t.frames, own.frames...), append(t.volatile, own.volatile...)
 			}
 		}
 	}
@@ -400,15 +420,19 @@ func (g *Guild) publish(t *tx) {
 	defer g.mu.Unlock()
 	t.state.merge()
 	g.last = t.last
+	g.shown.Store(g.last)
 	g.events.Add(uint64(len(t.records)))
 	for _, u := range t.untold { // a session may have come since
-		if m := g.state.members[u.user]; m.object != nil && g.sessions.joined(u.user) {
+		if m := g.state.members[u.user]; m.object != nil && g.expects(u.user) {
 			t.frames[u.frame] = derived(g.id, u.seq, turn{u.user, true}, g.state.guildCreate(g.id, u.user).join())
 			m.told = true
 			g.state.members[u.user] = m
 		}
 	}
 	g.stream.Publish(t.frames...)
+	for _, f := range g.feeds {
+		f.push(t.records, t.volatile)
+	}
 }
 
 // emit stages an event, with what follows from it for the sessions of a user whom it lets in or
@@ -416,17 +440,22 @@ func (g *Guild) publish(t *tx) {
 // accepted. It returns the event's number; for a volatile event the last one.
 func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 	if protocol.EventOf(name).Volatile {
-		f := frame(&guildlog.Record{Seq: t.last, Type: name, Data: body, Users: users}, turn{})
-		f.Volatile = true
-		t.frames = append(t.frames, f)
+		t.volatile = append(t.volatile, guildlog.Record{Seq: t.last, Type: name, Data: body, Users: users})
+		t.frames = append(t.frames, volatileFrame(t.volatile[len(t.volatile)-1]))
 		return t.last
 	}
-	g := t.g
-	r := guildlog.Record{Seq: t.last + 1, Time: g.now().UnixMilli(), Type: name, Data: body, Users: users}
+	r := guildlog.Record{Seq: t.last + 1, Time: t.g.now().UnixMilli(), Type: name, Data: body, Users: users}
 	turns := t.state.turn(&r)
 	if turns.user != 0 {
 		r.Reserved = 1
 	}
+	t.append(r, turns)
+	return r.Seq
+}
+
+// append stages a record and the frames that are made of it.
+func (t *tx) append(r guildlog.Record, turns turn) {
+	g := t.g
 	f := frame(&r, turns) // the log shares its bytes
 	t.state.apply(&r)
 	t.records, t.frames, t.last = append(t.records, r), append(t.frames, f), r.End()
@@ -435,14 +464,18 @@ func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 	case !turns.joins:
 		g.sessions.left(turns.user)
 		t.frames = append(t.frames, derived(g.id, t.last, turns, nil))
-	case g.sessions.joined(turns.user):
+	case g.expects(turns.user):
 		t.state.tell(turns.user)
 		t.frames = append(t.frames, derived(g.id, t.last, turns, t.state.guildCreate(g.id, turns.user).join()))
 	default:
 		t.untold = append(t.untold, untold{turns.user, t.last, len(t.frames)})
 		t.frames = append(t.frames, &fanout.Frame{Seq: t.last, Tag: protocol.EventOf("GUILD_CREATE")})
 	}
-	return r.Seq
+}
+
+// expects says whether a user who joins has a session here, or may come back to one.
+func (g *Guild) expects(user snowflake.ID) bool {
+	return g.sessions.joined(user) && (g.upstream == nil || g.sessions.isTracked(user))
 }
 
 // find looks an idempotency key up, those that are staged as well; the empty key is never found.

@@ -135,7 +135,7 @@ func (h *hall) passOn() (names []string) {
 // resume resumes as a user from a number.
 func (h *hall) resume(user int, seq uint64) (c *hearer, fresh bool, err error) {
 	c = newHearer(h.t, h.core, user)
-	err = h.Resume(c.client, Resumption{Log: h.log.ID(), Base: guildlog.First, Seq: seq}, func(s Snapshot) {
+	err = h.Resume(context.Background(), c.client, Resumption{Log: h.log.ID(), Base: guildlog.First, Seq: seq}, func(s Snapshot) {
 		fresh = true
 		if s.Base != h.Counts().LastSeq || s.Guild == nil {
 			h.t.Errorf("a snapshot at %d", s.Base)

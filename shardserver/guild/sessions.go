@@ -24,6 +24,10 @@ type registry struct {
 	mu       sync.Mutex
 	sessions map[uint64]attached  // by the session id's random part
 	users    map[snowflake.ID]int // sessions of each user
+	direct   int                  // sessions that are not on relays
+	// tracked counts, on a guild that follows another, who has or is about to have a session: their
+	// memberships are kept.
+	tracked map[snowflake.ID]int
 	// away are users who are no members, and may come back to a session that they had: when they
 	// join meanwhile, the session has to find its GUILD_CREATE in the stream.
 	away map[snowflake.ID]struct{}
@@ -32,15 +36,37 @@ type registry struct {
 // maxAway bounds registry.away; beyond it some are forgotten.
 const maxAway = 100_000
 
+// attached is a connected session, here or on a relay.
 type attached struct {
-	session *fanout.Session
+	session *fanout.Session // nil: on a relay
+	feed    *Feed           // of that relay
 	user    snowflake.ID
+	nonce   uint64 // of the attachment, where relays are concerned
+	since   int64  // Unix milliseconds
 }
 
 func (r *registry) init() {
 	r.sessions = map[uint64]attached{}
 	r.users = map[snowflake.ID]int{}
 	r.away = map[snowflake.ID]struct{}{}
+	r.tracked = map[snowflake.ID]int{}
+}
+
+// track adds to, or with -1 takes from, the connections of a user, and says whether any is left.
+func (r *registry) track(user snowflake.ID, n int) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.tracked[user] += n; r.tracked[user] > 0 {
+		return true
+	}
+	delete(r.tracked, user)
+	return false
+}
+
+func (r *registry) isTracked(user snowflake.ID) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.tracked[user] > 0
 }
 
 // left notes that a user who is no member may come back to a session.
@@ -66,39 +92,53 @@ func (r *registry) joined(user snowflake.ID) bool {
 }
 
 // attach registers a session. A session of the same id that is still there is ended: the newest counts.
-func (r *registry) attach(random uint64, user snowflake.ID, s *fanout.Session) {
+func (r *registry) attach(random uint64, a attached) {
 	r.mu.Lock()
-	old := r.sessions[random].session
-	if old == nil {
-		r.users[user]++
+	old, found := r.sessions[random]
+	if found {
+		r.count(old, -1)
 	}
-	r.sessions[random] = attached{session: s, user: user}
+	r.count(a, 1)
+	r.sessions[random] = a
 	r.mu.Unlock()
-	if old != nil {
-		old.End(errTakenOver)
+	switch {
+	case !found:
+	case old.session != nil:
+		old.session.End(errTakenOver)
+	case old.feed != a.feed:
+		old.feed.send(Evict{Random: random, Nonce: old.nonce})
+	}
+}
+
+// count adds a session to the figures, or takes it away. r.mu is held.
+func (r *registry) count(a attached, n int) {
+	if r.users[a.user] += n; r.users[a.user] == 0 {
+		delete(r.users, a.user)
+	}
+	if a.session != nil {
+		r.direct += n
 	}
 }
 
 var errTakenOver = errors.New("guild: session taken over by a newer connection")
 
 // detach forgets a session, unless a newer connection has taken it over.
-func (r *registry) detach(random uint64, s *fanout.Session) {
+func (r *registry) detach(random uint64, same func(attached) bool) (a attached, found bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	a := r.sessions[random]
-	if a.session != s {
-		return
+	a, found = r.sessions[random]
+	if !found || !same(a) {
+		return a, false
 	}
 	delete(r.sessions, random)
-	if r.users[a.user]--; r.users[a.user] == 0 {
-		delete(r.users, a.user)
-	}
+	r.count(a, -1)
+	return a, true
 }
 
-func (r *registry) counts() (sessions, online int) {
+func (r *registry) counts() (sessions, online, direct int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return len(r.sessions), len(r.users)
+	return len(r.sessions), len(r.users), r.direct
 }
 
 // view is of sessions that see the same of the guild: the events that their intents ask for, or
@@ -157,28 +197,63 @@ type Snapshot struct {
 // Identify starts a session: ready is called with the snapshot to send the first messages, and
 // what happens in the guild from there on follows them. In an open guild the user joins.
 func (g *Guild) Identify(ctx context.Context, c Client, ready func(Snapshot)) error {
-	g.mu.RLock()
-	member := g.state.members[c.User.ID].object != nil
-	g.mu.RUnlock()
-	if !member && !c.Outside && g.Open() {
-		if _, _, err := g.Join(ctx, c.User); err != nil {
-			return err
-		}
+	nonce, err := g.enter(ctx, &c, true)
+	if err != nil {
+		return err
 	}
 	g.mu.RLock()
 	defer g.mu.RUnlock()
 	select {
 	case <-g.closed:
-		return ErrClosed
+		err = ErrClosed
 	default:
+		s := Snapshot{Base: g.last}
+		if g.seenBy(&c) {
+			s.Guild = g.snapshot(c.User.ID)
+		}
+		ready(s)
+		err = g.follow(c, nonce, fanout.Start{Seq: s.Base})
 	}
-	s := Snapshot{Base: g.last}
-	member = g.seenBy(&c)
-	if member {
-		s.Guild = g.snapshot(c.User.ID)
+	if err != nil {
+		g.leave(&c, nonce)
 	}
-	ready(s)
-	return g.follow(c, fanout.Start{Seq: s.Base})
+	return err
+}
+
+// enter sees to it that the state says whether a client's user is a member, and has them join where everybody
+// may and the client is new. nonce is that of leave.
+func (g *Guild) enter(ctx context.Context, c *Client, fresh bool) (nonce uint64, err error) {
+	if g.upstream != nil {
+		g.sessions.track(c.User.ID, 1)
+		if nonce, err = g.upstream.Attach(ctx, Attachment{User: c.User, Random: c.Random, Join: fresh && !c.Outside}); err != nil {
+			g.untrack(c.User.ID)
+		}
+		return nonce, err
+	}
+	if !fresh || c.Outside {
+		return 0, nil
+	}
+	return 0, g.admit(ctx, c.User)
+}
+
+// admit has a user join where everybody may.
+func (g *Guild) admit(ctx context.Context, u User) error {
+	g.mu.RLock()
+	member := g.state.members[u.ID].object != nil
+	g.mu.RUnlock()
+	if member || !g.Open() {
+		return nil
+	}
+	_, _, err := g.Join(ctx, u)
+	return err
+}
+
+// leave undoes enter. g.mu is held for reading.
+func (g *Guild) leave(c *Client, nonce uint64) {
+	if g.upstream != nil {
+		g.upstream.Detach(Detachment{Random: c.Random, Nonce: nonce})
+		go g.untrack(c.User.ID)
+	}
 }
 
 // seenBy says whether a client sees the guild. g.mu is held for reading.
@@ -193,12 +268,12 @@ func (g *Guild) snapshot(user snowflake.ID) *Body {
 }
 
 // follow attaches a session to the stream. g.mu is held for reading.
-func (g *Guild) follow(c Client, start fanout.Start) error {
+func (g *Guild) follow(c Client, nonce uint64, start fanout.Start) error {
 	start.View, start.Owner = viewOf(c.Intents, g.seenBy(&c)), c.owner()
 	if err := c.Session.Follow(g.stream, start); err != nil {
 		return err
 	}
-	g.sessions.attach(c.Random, c.User.ID, c.Session)
+	g.sessions.attach(c.Random, attached{session: c.Session, user: c.User.ID, nonce: nonce, since: g.now().UnixMilli()})
 	return nil
 }
 
@@ -206,14 +281,21 @@ func (g *Guild) follow(c Client, start fanout.Start) error {
 func (g *Guild) Attached(random uint64) bool {
 	g.sessions.mu.Lock()
 	defer g.sessions.mu.Unlock()
-	return g.sessions.sessions[random].session != nil
+	_, found := g.sessions.sessions[random]
+	return found
 }
 
 // Detach forgets a session that has ended.
 func (g *Guild) Detach(c Client) {
+	a, found := g.sessions.detach(c.Random, func(a attached) bool { return a.session == c.Session })
+	if g.upstream != nil {
+		if found {
+			g.upstream.Detach(Detachment{Random: c.Random, Nonce: a.nonce})
+		}
+		defer g.untrack(c.User.ID)
+	}
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	g.sessions.detach(c.Random, c.Session)
 	if g.state.members[c.User.ID].object == nil {
 		g.sessions.left(c.User.ID)
 	}
@@ -230,19 +312,31 @@ type Resumption struct {
 // Resume continues a session: what it missed is replayed, then RESUMED, then what happens from
 // then on. A session that cannot be replayed to as it has not seen the guild yet, or has joined
 // it since and too long ago, gets a snapshot instead: fresh is called with it.
-func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
+func (g *Guild) Resume(ctx context.Context, c Client, r Resumption, fresh func(Snapshot)) error {
+	if r.Log != g.log.ID() {
+		return ErrNotResumable
+	}
+	nonce, err := g.enter(ctx, &c, false)
+	if err != nil {
+		return err
+	}
 	g.mu.RLock()
 	defer g.mu.RUnlock()
+	if err = g.resume(c, nonce, r, fresh); err != nil {
+		g.leave(&c, nonce)
+	}
+	return err
+}
+
+// resume is Resume of one who has entered. g.mu is held for reading.
+func (g *Guild) resume(c Client, nonce uint64, r Resumption, fresh func(Snapshot)) error {
 	select {
 	case <-g.closed:
 		return ErrClosed
 	default:
 	}
 	last := g.last
-	switch {
-	case r.Log != g.log.ID():
-		return ErrNotResumable
-	case r.Seq > last:
+	if r.Seq > last {
 		return ErrFutureSeq
 	}
 	member := g.seenBy(&c)
@@ -250,7 +344,7 @@ func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 		if member {
 			fresh(Snapshot{Base: last, Guild: g.snapshot(c.User.ID)})
 		}
-		return g.follow(c, fanout.Start{Seq: last, Replayed: protocol.Resumed})
+		return g.follow(c, nonce, fanout.Start{Seq: last, Replayed: protocol.Resumed})
 	}
 	// What a membership was further back than the stream's window is not known, only since when it lasts.
 	near := g.stream.Holds(r.Seq)
@@ -262,7 +356,7 @@ func (g *Guild) Resume(c Client, r Resumption, fresh func(Snapshot)) error {
 	case !member && !near:
 		return ErrNotResumable
 	}
-	err := g.follow(c, fanout.Start{Seq: r.Seq, Replayed: protocol.Resumed})
+	err := g.follow(c, nonce, fanout.Start{Seq: r.Seq, Replayed: protocol.Resumed})
 	switch {
 	case errors.Is(err, fanout.ErrDropped) && joined: // while nobody reckoned with the session
 		return snapshot()

@@ -68,10 +68,13 @@ type layout struct {
 
 // state is what the records of a guild's log add up to.
 //
-// Invariant: but for told, state is a pure function of the records applied so far, in order.
+// Invariant: but for told, state is a pure function of the records applied so far, in order. A guild that follows
+// another has only those members that keeps says yes to; the others count all the same.
 type state struct {
 	layout  *layout
 	members map[snowflake.ID]member
+	count   int                     // of members
+	keeps   func(snowflake.ID) bool // nil: all
 }
 
 func newState() *state {
@@ -87,7 +90,7 @@ type staged struct {
 	below   *state
 	layout  *layout
 	members map[snowflake.ID]member // those that differ
-	joined  int                     // how many more there are than below
+	joined  int                     // how many more there are in all
 	rows    []guildlog.Row          // what differs, for the log
 }
 
@@ -96,6 +99,7 @@ func (s *state) stage() staged { return staged{below: s, layout: s.layout} }
 // merge brings the state below up to date.
 func (s *staged) merge() {
 	s.below.layout = s.layout
+	s.below.count += s.joined
 	for id, m := range s.members {
 		if m.object == nil {
 			delete(s.below.members, id)
@@ -113,12 +117,8 @@ func (s *staged) member(id snowflake.ID) member {
 }
 
 func (s *staged) setMember(id snowflake.ID, m member) {
-	before := s.member(id).object != nil
-	switch after := m.object != nil; {
-	case after && !before:
-		s.joined++
-	case before && !after:
-		s.joined--
+	if s.below.keeps != nil && !s.below.keeps(id) {
+		return
 	}
 	if s.members == nil {
 		s.members = map[snowflake.ID]member{}
@@ -156,6 +156,19 @@ const (
 
 func (s *staged) put(table byte, id snowflake.ID, value []byte) {
 	s.rows = append(s.rows, guildlog.Row{Key: binary.BigEndian.AppendUint64([]byte{table}, uint64(id)), Value: value})
+}
+
+// rows are those of the layout.
+func (l *layout) rows() []guildlog.Row {
+	s := staged{layout: l}
+	s.put(rowName, 0, []byte(l.name))
+	for id, c := range l.channels {
+		s.put(rowChannel, id, c.Object)
+	}
+	for id, r := range l.roles {
+		s.put(rowRole, id, r.Object)
+	}
+	return s.rows
 }
 
 // load reads the state that a log keeps, and applies the records behind it.
@@ -199,6 +212,7 @@ func (s *state) loadRow(key, value []byte) error {
 			return bad
 		}
 		s.members[id] = member{object: value[n:], joined: joined}
+		s.count++
 	default:
 		return bad
 	}
@@ -416,6 +430,9 @@ func (s *staged) apply(r *guildlog.Record) {
 		}
 		m.object = r.Data
 		s.setMember(ref.User.ID, m)
+		if r.Reserved > 0 {
+			s.joined++
+		}
 	case "GUILD_MEMBER_UPDATE": // may lack fields that have not changed
 		var ref memberRef
 		mustDecode(r, &ref)
@@ -430,6 +447,9 @@ func (s *staged) apply(r *guildlog.Record) {
 		var ref memberRef
 		mustDecode(r, &ref)
 		s.setMember(ref.User.ID, member{})
+		if r.Reserved > 0 {
+			s.joined--
+		}
 	}
 }
 
@@ -552,11 +572,11 @@ type Body struct{ Shared, Own []byte }
 func (b Body) join() []byte { return append(append([]byte(nil), b.Shared...), b.Own...) }
 
 func (s *state) guildCreate(id, user snowflake.ID) Body {
-	return guildCreate(id, s.layout, s.members[user], len(s.members))
+	return guildCreate(id, s.layout, s.members[user], s.count)
 }
 
 func (s *staged) guildCreate(id, user snowflake.ID) Body {
-	return guildCreate(id, s.layout, s.member(user), len(s.below.members)+s.joined)
+	return guildCreate(id, s.layout, s.member(user), s.below.count+s.joined)
 }
 
 // guildCreate is the body of GUILD_CREATE for one member: a session without the presence

@@ -9,8 +9,9 @@ import (
 
 // memory is a log that ends with its process.
 type memory struct {
-	id  ID
-	now func() time.Time
+	id    ID
+	epoch int64
+	now   func() time.Time
 
 	mu        sync.RWMutex
 	retention Retention
@@ -23,11 +24,16 @@ type memory struct {
 
 // NewMemory makes an empty log in memory, with a new ID. now is the clock.
 func NewMemory(r Retention, now func() time.Time) Log {
-	return &memory{id: NewID(false), now: now, retention: r}
+	return &memory{id: NewID(false), epoch: 1, now: now, retention: r}
+}
+
+// NewReplica makes a log in memory of what follows number after in another log, whose ID and epoch it has.
+func NewReplica(id ID, epoch int64, after uint64, r Retention, now func() time.Time) Log {
+	return &memory{id: id, epoch: epoch, now: now, retention: r, dropped: after, last: after}
 }
 
 func (m *memory) ID() ID       { return m.id }
-func (m *memory) Epoch() int64 { return 1 }
+func (m *memory) Epoch() int64 { return m.epoch }
 
 func (m *memory) Last() uint64 {
 	m.mu.RLock()

@@ -48,30 +48,38 @@ func (w *world) files(id Identity, at time.Time) *Files {
 	return f
 }
 
-// meet has a client and a server shake hands and returns their errors, and who the client was.
-func meet(t *testing.T, client, server *tls.Config) (clientErr, serverErr error, peer Identity) {
+// meeting is how a handshake ended on either side, and who the client was to the server.
+type meeting struct {
+	peer           Identity
+	client, server error
+}
+
+func meet(t *testing.T, client, server *tls.Config) (m meeting) {
 	t.Helper()
 	a, b := net.Pipe()
 	deadline := time.Now().Add(20 * time.Second)
 	a.SetDeadline(deadline)
 	b.SetDeadline(deadline)
-	done := make(chan struct{})
+	served := make(chan meeting)
 	go func() {
-		defer close(done)
-		defer b.Close()
+		var m meeting
 		s := tls.Server(b, server)
-		if serverErr = s.Handshake(); serverErr == nil {
-			peer, serverErr = PeerOf(s.ConnectionState())
+		if m.server = s.Handshake(); m.server == nil {
+			m.peer, m.server = PeerOf(s.ConnectionState())
 			_, _ = s.Write([]byte{1})
 		}
+		b.Close()
+		served <- m
 	}()
 	c := tls.Client(a, client)
-	if clientErr = c.Handshake(); clientErr == nil {
-		_, clientErr = io.ReadFull(c, make([]byte, 1)) // the server's verdict comes after the client's handshake
+	err := c.Handshake()
+	if err == nil {
+		_, err = io.ReadFull(c, make([]byte, 1)) // the server's verdict comes after the client's handshake
 	}
 	a.Close()
-	<-done
-	return clientErr, serverErr, peer
+	m = <-served
+	m.client = err
+	return m
 }
 
 func TestWhoMayMeet(t *testing.T) {
@@ -79,8 +87,8 @@ func TestWhoMayMeet(t *testing.T) {
 	now := time.Now()
 	shard, relay := Identity{Namespace: "ns", Shard: "a"}, Identity{Namespace: "ns", Guild: "1"}
 	server := w.files(shard, now).Server()
-	if c, s, peer := meet(t, w.files(relay, now).Client(), server); c != nil || s != nil || peer != relay {
-		t.Fatal(c, s, peer)
+	if m := meet(t, w.files(relay, now).Client(), server); m.client != nil || m.server != nil || m.peer != relay {
+		t.Fatal(m)
 	}
 	for name, client := range map[string]*Files{
 		"a shard":                      w.files(Identity{Namespace: "ns", Shard: "b"}, now),
@@ -88,18 +96,18 @@ func TestWhoMayMeet(t *testing.T) {
 		"a relay of another authority": other.files(relay, now),
 		"an expired relay":             w.files(relay, now.Add(-Lifetime-2*skew)),
 	} {
-		if _, s, _ := meet(t, client.Client(), server); s == nil {
+		if m := meet(t, client.Client(), server); m.server == nil {
 			t.Errorf("%s was let in", name)
 		}
 	}
-	if _, s, _ := meet(t, &tls.Config{InsecureSkipVerify: true}, server); s == nil {
+	if m := meet(t, &tls.Config{InsecureSkipVerify: true}, server); m.server == nil {
 		t.Error("a client without certificate was let in")
 	}
 	for name, not := range map[string]*Files{
 		"a relay": w.files(relay, now), "a shard of another authority": other.files(shard, now),
 		"a shard of another namespace": w.files(Identity{Namespace: "other", Shard: "a"}, now),
 	} {
-		if c, _, _ := meet(t, w.files(relay, now).Client(), not.config(func(Identity, Identity) bool { return true })); c == nil {
+		if m := meet(t, w.files(relay, now).Client(), not.config(func(Identity, Identity) bool { return true })); m.client == nil {
 			t.Errorf("%s was taken for the shard", name)
 		}
 	}
@@ -116,8 +124,8 @@ func TestRotationWithoutRestart(t *testing.T) {
 	w.ca, next.ca = both, both
 	w.issue(client.dir, relay, now)
 	next.issue(f.dir, shard, now)
-	if c, s, _ := meet(t, client.Client(), config); c != nil || s != nil {
-		t.Error(c, s)
+	if m := meet(t, client.Client(), config); m.client != nil || m.server != nil {
+		t.Error(m)
 	}
 }
 
@@ -157,7 +165,10 @@ func TestBrokenFiles(t *testing.T) {
 	}
 	w := newWorld(t)
 	dir := t.TempDir()
-	p, _ := w.authority.Issue(Identity{Namespace: "ns", Shard: "a"}, time.Now())
+	p, err := w.authority.Issue(Identity{Namespace: "ns", Shard: "a"}, time.Now())
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, files := range map[string][2][]byte{"no authority": {p.Cert, nil}, "no certificate": {nil, w.ca}} {
 		if err := Write(dir, Pair{files[0], p.Key}, files[1]); err != nil {
 			t.Fatal(err)

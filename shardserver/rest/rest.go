@@ -39,9 +39,18 @@ const (
 	maxWaiting = 1024
 )
 
+// Directory knows where guilds are.
+type Directory interface {
+	Find(id snowflake.ID) (place directory.Place, changed <-chan struct{})
+	Addresses(object *v1.Guild) v1.Addresses
+	// Synced says that a guild that is not known does not exist, Stopped that none will be available again.
+	Synced() bool
+	Stopped() bool
+}
+
 // Options of a Handler.
 type Options struct {
-	Directory *directory.Directory
+	Directory Directory
 	// Keys returns the present key set.
 	Keys   func() *token.Keys
 	Logger *slog.Logger

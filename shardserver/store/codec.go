@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"encoding/binary"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"time"
 
@@ -143,47 +142,6 @@ func decodeFixed(value []byte, v any) error {
 	return err
 }
 
-var errShort = errors.New("too short")
-
-// encodeRecord makes the value of a record. prev is the end of the record before it.
-func encodeRecord(r *guildlog.Record, prev uint64) []byte {
-	value := make([]byte, 0, len(r.Data)+len(r.Type)+9*len(r.Users)+32)
-	value = binary.AppendUvarint(value, r.Seq-prev)
-	value = binary.AppendUvarint(value, r.Reserved)
-	value = binary.AppendVarint(value, r.Time)
-	value = binary.AppendUvarint(value, uint64(len(r.Type)))
-	value = append(value, r.Type...)
-	if r.Users == nil {
-		value = append(value, 0)
-	} else {
-		value = binary.AppendUvarint(value, uint64(len(r.Users))+1)
-		for _, u := range r.Users {
-			value = binary.AppendUvarint(value, uint64(u))
-		}
-	}
-	return append(value, r.Data...)
-}
-
-// decodeRecord reads the record of number seq; it does not keep value.
-func decodeRecord(seq uint64, value []byte) (r guildlog.Record, prev uint64, err error) {
-	d := decoder{rest: value}
-	r.Seq, prev = seq, seq-d.uvarint()
-	r.Reserved = d.uvarint()
-	r.Time = d.varint()
-	r.Type = string(d.bytes(d.uvarint()))
-	if n := d.uvarint(); n > 0 && n <= uint64(len(value)) {
-		r.Users = make([]snowflake.ID, n-1)
-		for i := range r.Users {
-			r.Users[i] = snowflake.ID(d.uvarint())
-		}
-	}
-	r.Data = bytes.Clone(d.rest)
-	if d.err == nil && prev >= seq {
-		d.err = errors.New("a record before it that is none")
-	}
-	return r, prev, d.err
-}
-
 func encodeKey(k *guildlog.Key, at int64) []byte {
 	value := binary.AppendVarint(nil, at)
 	value = append(value, k.Body[:]...)
@@ -197,56 +155,20 @@ func encodeKey(k *guildlog.Key, at int64) []byte {
 }
 
 func decodeKey(name string, value []byte) (k guildlog.Key, at int64, err error) {
-	d := decoder{rest: value}
+	d := guildlog.Decoder{Rest: value}
 	k.Name = name
-	at = d.varint()
-	copy(k.Body[:], d.bytes(uint64(len(k.Body))))
-	if n := d.uvarint(); n > 0 && n <= uint64(len(value)) {
+	at = d.Varint()
+	copy(k.Body[:], d.Bytes(uint64(len(k.Body))))
+	if n := d.Uvarint(); n > 0 && n <= uint64(len(value)) {
 		k.Numbers = make([]uint64, n)
 		last := uint64(0)
 		for i := range k.Numbers {
-			last += uint64(d.varint())
+			last += uint64(d.Varint())
 			k.Numbers[i] = last
 		}
 	}
-	k.Answer = bytes.Clone(d.rest)
-	return k, at, d.err
-}
-
-// decoder takes values from the front of rest. After an error they are zero.
-type decoder struct {
-	rest []byte
-	err  error
-}
-
-func (d *decoder) uvarint() uint64 {
-	v, n := binary.Uvarint(d.rest)
-	return v * d.skip(n)
-}
-
-func (d *decoder) varint() int64 {
-	v, n := binary.Varint(d.rest)
-	return v * int64(d.skip(n))
-}
-
-// skip returns 1, or 0 after an error.
-func (d *decoder) skip(n int) uint64 {
-	if n <= 0 || d.err != nil {
-		d.err, d.rest = errShort, nil
-		return 0
-	}
-	d.rest = d.rest[n:]
-	return 1
-}
-
-func (d *decoder) bytes(n uint64) []byte {
-	if n > uint64(len(d.rest)) {
-		d.err, d.rest = errShort, nil
-		return nil
-	}
-	v := d.rest[:n]
-	d.rest = d.rest[n:]
-	return v
+	k.Answer = bytes.Clone(d.Rest)
+	return k, at, d.Err
 }
 
 // Idempotency keys are stored by the period that they came in, so that all of a period are dropped

@@ -101,7 +101,7 @@ func current(it *pebble.Iterator) (guildlog.Record, uint64, error) {
 		return guildlog.Record{}, 0, classify(err)
 	}
 	seq := lastNumber(it.Key())
-	r, prev, err := decodeRecord(seq, value)
+	r, prev, err := guildlog.DecodeRecord(seq, value)
 	if err != nil {
 		return r, 0, fmt.Errorf("%w: record %d: %w", ErrCorrupt, seq, err)
 	}
@@ -210,7 +210,7 @@ func (l *Log) stage(b *pebble.Batch, h *head, c guildlog.Commit) error {
 			}
 			*n = block{}
 		}
-		key, value := l.numbered(tableRecord, r.Seq), encodeRecord(r, h.Last)
+		key, value := l.numbered(tableRecord, r.Seq), guildlog.EncodeRecord(r, h.Last)
 		set(b, key, value)
 		h.add(r, int64(len(key)+len(value)))
 	}

@@ -53,7 +53,7 @@ func (m *modelLog) bytes(behind uint64) (sum int64) {
 	for i := range m.records {
 		r := &m.records[i]
 		if r.Seq > behind {
-			sum += int64(1 + 8 + 1 + 8 + len(encodeRecord(r, prev)))
+			sum += int64(1 + 8 + 1 + 8 + len(guildlog.EncodeRecord(r, prev)))
 		}
 		prev = r.End()
 	}

@@ -387,7 +387,7 @@ func TestALogThatDisagreesIsNotServed(t *testing.T) {
 		"a record is cut short":             {damage: func(b *pebble.Batch, l *Log) { set(b, l.numbered(tableRecord, 5), []byte{1, 0}) }, atRead: true},
 		"a record too many": {damage: func(b *pebble.Batch, l *Log) {
 			r := record(10)
-			set(b, l.numbered(tableRecord, 10), encodeRecord(&r, 9))
+			set(b, l.numbered(tableRecord, 10), guildlog.EncodeRecord(&r, 9))
 		}},
 		"the head is missing":   {damage: func(b *pebble.Batch, l *Log) { unset(b, l.key(tableHead)) }},
 		"the head is cut short": {damage: func(b *pebble.Batch, l *Log) { set(b, l.key(tableHead), []byte("short")) }},

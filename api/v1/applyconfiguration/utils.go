@@ -32,6 +32,10 @@ func ForKind(kind schema.GroupVersionKind) interface{} {
 		return &apiv1.GuildPlacementApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("GuildPlacementStatus"):
 		return &apiv1.GuildPlacementStatusApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("GuildRebalance"):
+		return &apiv1.GuildRebalanceApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("GuildRebalanceStatus"):
+		return &apiv1.GuildRebalanceStatusApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("GuildRelays"):
 		return &apiv1.GuildRelaysApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("GuildRelaysStatus"):
@@ -50,6 +54,8 @@ func ForKind(kind schema.GroupVersionKind) interface{} {
 		return &apiv1.PodMetadataApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("PodTemplate"):
 		return &apiv1.PodTemplateApplyConfiguration{}
+	case v1.SchemeGroupVersion.WithKind("RelayStabilization"):
+		return &apiv1.RelayStabilizationApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("ShardCapacity"):
 		return &apiv1.ShardCapacityApplyConfiguration{}
 	case v1.SchemeGroupVersion.WithKind("ShardGateway"):

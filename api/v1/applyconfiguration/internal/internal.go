@@ -112,6 +112,48 @@ var schemaYAML = typed.YAMLObject(`types:
     - name: shardUID
       type:
         scalar: string
+- name: dev.guildhall.guildhall.api.v1.GuildRebalance
+  map:
+    fields:
+    - name: maxMovesPerSecond
+      type:
+        scalar: numeric
+    - name: maxSkewPercent
+      type:
+        scalar: numeric
+    - name: minSkewSessions
+      type:
+        scalar: numeric
+    - name: mode
+      type:
+        namedType: dev.guildhall.guildhall.api.v1.RebalanceMode
+- name: dev.guildhall.guildhall.api.v1.GuildRebalanceStatus
+  map:
+    fields:
+    - name: blockedReason
+      type:
+        scalar: string
+    - name: deadline
+      type:
+        namedType: io.k8s.apimachinery.pkg.apis.meta.v1.Time
+    - name: moved
+      type:
+        scalar: numeric
+    - name: planHash
+      type:
+        scalar: string
+    - name: round
+      type:
+        scalar: numeric
+    - name: startedAt
+      type:
+        namedType: io.k8s.apimachinery.pkg.apis.meta.v1.Time
+    - name: summary
+      type:
+        scalar: string
+    - name: toMove
+      type:
+        scalar: numeric
 - name: dev.guildhall.guildhall.api.v1.GuildRelays
   map:
     fields:
@@ -131,15 +173,30 @@ var schemaYAML = typed.YAMLObject(`types:
     - name: sessionsPerRelay
       type:
         scalar: numeric
+    - name: stabilizationSeconds
+      type:
+        namedType: dev.guildhall.guildhall.api.v1.RelayStabilization
 - name: dev.guildhall.guildhall.api.v1.GuildRelaysStatus
   map:
     fields:
+    - name: desired
+      type:
+        scalar: numeric
+    - name: draining
+      type:
+        scalar: numeric
+    - name: ready
+      type:
+        scalar: numeric
     - name: replicas
       type:
         scalar: numeric
     - name: selector
       type:
         scalar: string
+    - name: updated
+      type:
+        scalar: numeric
 - name: dev.guildhall.guildhall.api.v1.GuildShard
   map:
     fields:
@@ -175,6 +232,9 @@ var schemaYAML = typed.YAMLObject(`types:
     - name: image
       type:
         scalar: string
+    - name: relayTemplate
+      type:
+        namedType: dev.guildhall.guildhall.api.v1.PodTemplate
     - name: retention
       type:
         namedType: dev.guildhall.guildhall.api.v1.ShardRetention
@@ -240,6 +300,9 @@ var schemaYAML = typed.YAMLObject(`types:
     - name: placement
       type:
         namedType: dev.guildhall.guildhall.api.v1.GuildPlacement
+    - name: rebalance
+      type:
+        namedType: dev.guildhall.guildhall.api.v1.GuildRebalance
     - name: relays
       type:
         namedType: dev.guildhall.guildhall.api.v1.GuildRelays
@@ -279,6 +342,9 @@ var schemaYAML = typed.YAMLObject(`types:
     - name: placement
       type:
         namedType: dev.guildhall.guildhall.api.v1.GuildPlacementStatus
+    - name: rebalance
+      type:
+        namedType: dev.guildhall.guildhall.api.v1.GuildRebalanceStatus
     - name: relays
       type:
         namedType: dev.guildhall.guildhall.api.v1.GuildRelaysStatus
@@ -354,8 +420,19 @@ var schemaYAML = typed.YAMLObject(`types:
           elementType:
             namedType: io.k8s.api.core.v1.TopologySpreadConstraint
           elementRelationship: atomic
+- name: dev.guildhall.guildhall.api.v1.RebalanceMode
+  scalar: string
 - name: dev.guildhall.guildhall.api.v1.RelayMode
   scalar: string
+- name: dev.guildhall.guildhall.api.v1.RelayStabilization
+  map:
+    fields:
+    - name: down
+      type:
+        scalar: numeric
+    - name: up
+      type:
+        scalar: numeric
 - name: dev.guildhall.guildhall.api.v1.ShardCapacity
   map:
     fields:

@@ -21,6 +21,8 @@ type GuildRelaysApplyConfiguration struct {
 	MaxReplicas *int32 `json:"maxReplicas,omitempty"`
 	// sessionsPerRelay is what one relay pod is planned to hold, 1 to 15000.
 	SessionsPerRelay *int32 `json:"sessionsPerRelay,omitempty"`
+	// stabilizationSeconds is how long, in mode Auto, a load must ask for another number of relay pods.
+	StabilizationSeconds *RelayStabilizationApplyConfiguration `json:"stabilizationSeconds,omitempty"`
 }
 
 // GuildRelaysApplyConfiguration constructs a declarative configuration of the GuildRelays type for use with
@@ -66,5 +68,13 @@ func (b *GuildRelaysApplyConfiguration) WithMaxReplicas(value int32) *GuildRelay
 // If called multiple times, the SessionsPerRelay field is set to the value of the last call.
 func (b *GuildRelaysApplyConfiguration) WithSessionsPerRelay(value int32) *GuildRelaysApplyConfiguration {
 	b.SessionsPerRelay = &value
+	return b
+}
+
+// WithStabilizationSeconds sets the StabilizationSeconds field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the StabilizationSeconds field is set to the value of the last call.
+func (b *GuildRelaysApplyConfiguration) WithStabilizationSeconds(value *RelayStabilizationApplyConfiguration) *GuildRelaysApplyConfiguration {
+	b.StabilizationSeconds = value
 	return b
 }

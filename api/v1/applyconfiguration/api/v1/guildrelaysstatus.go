@@ -7,8 +7,16 @@ package v1
 //
 // GuildRelaysStatus is the state of a guild's relay pods.
 type GuildRelaysStatusApplyConfiguration struct {
+	// desired is the number of relay pods decided on.
+	Desired *int32 `json:"desired,omitempty"`
 	// replicas is the number of relay pods that exist.
 	Replicas *int32 `json:"replicas,omitempty"`
+	// ready is the number of relay pods that serve and stay.
+	Ready *int32 `json:"ready,omitempty"`
+	// updated is the number of relay pods made from the present spec.
+	Updated *int32 `json:"updated,omitempty"`
+	// draining is the number of relay pods that let their sessions go.
+	Draining *int32 `json:"draining,omitempty"`
 	// selector matches the guild's relay pods, for the scale subresource.
 	Selector *string `json:"selector,omitempty"`
 }
@@ -19,11 +27,43 @@ func GuildRelaysStatus() *GuildRelaysStatusApplyConfiguration {
 	return &GuildRelaysStatusApplyConfiguration{}
 }
 
+// WithDesired sets the Desired field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the Desired field is set to the value of the last call.
+func (b *GuildRelaysStatusApplyConfiguration) WithDesired(value int32) *GuildRelaysStatusApplyConfiguration {
+	b.Desired = &value
+	return b
+}
+
 // WithReplicas sets the Replicas field in the declarative configuration to the given value
 // and returns the receiver, so that objects can be built by chaining "With" function invocations.
 // If called multiple times, the Replicas field is set to the value of the last call.
 func (b *GuildRelaysStatusApplyConfiguration) WithReplicas(value int32) *GuildRelaysStatusApplyConfiguration {
 	b.Replicas = &value
+	return b
+}
+
+// WithReady sets the Ready field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the Ready field is set to the value of the last call.
+func (b *GuildRelaysStatusApplyConfiguration) WithReady(value int32) *GuildRelaysStatusApplyConfiguration {
+	b.Ready = &value
+	return b
+}
+
+// WithUpdated sets the Updated field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the Updated field is set to the value of the last call.
+func (b *GuildRelaysStatusApplyConfiguration) WithUpdated(value int32) *GuildRelaysStatusApplyConfiguration {
+	b.Updated = &value
+	return b
+}
+
+// WithDraining sets the Draining field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the Draining field is set to the value of the last call.
+func (b *GuildRelaysStatusApplyConfiguration) WithDraining(value int32) *GuildRelaysStatusApplyConfiguration {
+	b.Draining = &value
 	return b
 }
 

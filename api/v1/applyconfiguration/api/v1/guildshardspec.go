@@ -26,6 +26,9 @@ type GuildShardSpecApplyConfiguration struct {
 	Gateway *ShardGatewayApplyConfiguration `json:"gateway,omitempty"`
 	// template shapes the shard's pod.
 	Template *PodTemplateApplyConfiguration `json:"template,omitempty"`
+	// relayTemplate shapes the relay pods of the guilds on the shard. A change rolls out to them, and
+	// leaves the shard's own pod alone.
+	RelayTemplate *PodTemplateApplyConfiguration `json:"relayTemplate,omitempty"`
 }
 
 // GuildShardSpecApplyConfiguration constructs a declarative configuration of the GuildShardSpec type for use with
@@ -87,5 +90,13 @@ func (b *GuildShardSpecApplyConfiguration) WithGateway(value *ShardGatewayApplyC
 // If called multiple times, the Template field is set to the value of the last call.
 func (b *GuildShardSpecApplyConfiguration) WithTemplate(value *PodTemplateApplyConfiguration) *GuildShardSpecApplyConfiguration {
 	b.Template = value
+	return b
+}
+
+// WithRelayTemplate sets the RelayTemplate field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the RelayTemplate field is set to the value of the last call.
+func (b *GuildShardSpecApplyConfiguration) WithRelayTemplate(value *PodTemplateApplyConfiguration) *GuildShardSpecApplyConfiguration {
+	b.RelayTemplate = value
 	return b
 }

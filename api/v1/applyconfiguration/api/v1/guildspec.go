@@ -30,6 +30,8 @@ type GuildSpecApplyConfiguration struct {
 	Gateway *GuildGatewayApplyConfiguration `json:"gateway,omitempty"`
 	// relays says how a heavy guild is spread over relay pods.
 	Relays *GuildRelaysApplyConfiguration `json:"relays,omitempty"`
+	// rebalance says how sessions are moved between relays, and how fast.
+	Rebalance *GuildRebalanceApplyConfiguration `json:"rebalance,omitempty"`
 }
 
 // GuildSpecApplyConfiguration constructs a declarative configuration of the GuildSpec type for use with
@@ -99,5 +101,13 @@ func (b *GuildSpecApplyConfiguration) WithGateway(value *GuildGatewayApplyConfig
 // If called multiple times, the Relays field is set to the value of the last call.
 func (b *GuildSpecApplyConfiguration) WithRelays(value *GuildRelaysApplyConfiguration) *GuildSpecApplyConfiguration {
 	b.Relays = value
+	return b
+}
+
+// WithRebalance sets the Rebalance field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the Rebalance field is set to the value of the last call.
+func (b *GuildSpecApplyConfiguration) WithRebalance(value *GuildRebalanceApplyConfiguration) *GuildSpecApplyConfiguration {
+	b.Rebalance = value
 	return b
 }

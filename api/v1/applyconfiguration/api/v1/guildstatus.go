@@ -14,7 +14,8 @@ import (
 // GuildStatus is what the operator last saw of a guild.
 type GuildStatusApplyConfiguration struct {
 	// conditions are Accepted (the spec can be carried out), Placed (a shard is booked),
-	// Ready (clients can connect), LoadFresh (the counts are recent).
+	// Ready (clients can connect), LoadFresh (the counts are recent), Balanced (the sessions lie
+	// evenly on the relays), Progressing (relays are being made, replaced or emptied).
 	Conditions []metav1.ConditionApplyConfiguration `json:"conditions,omitempty"`
 	// observedGeneration is the generation of the spec that this status answers.
 	ObservedGeneration *int64 `json:"observedGeneration,omitempty"`
@@ -36,6 +37,8 @@ type GuildStatusApplyConfiguration struct {
 	CountsObservedAt *apismetav1.Time `json:"countsObservedAt,omitempty"`
 	// relays is the state of the guild's relay pods.
 	Relays *GuildRelaysStatusApplyConfiguration `json:"relays,omitempty"`
+	// rebalance is the last round of moves, or the one that waits for approval.
+	Rebalance *GuildRebalanceStatusApplyConfiguration `json:"rebalance,omitempty"`
 }
 
 // GuildStatusApplyConfiguration constructs a declarative configuration of the GuildStatus type for use with
@@ -134,5 +137,13 @@ func (b *GuildStatusApplyConfiguration) WithCountsObservedAt(value apismetav1.Ti
 // If called multiple times, the Relays field is set to the value of the last call.
 func (b *GuildStatusApplyConfiguration) WithRelays(value *GuildRelaysStatusApplyConfiguration) *GuildStatusApplyConfiguration {
 	b.Relays = value
+	return b
+}
+
+// WithRebalance sets the Rebalance field in the declarative configuration to the given value
+// and returns the receiver, so that objects can be built by chaining "With" function invocations.
+// If called multiple times, the Rebalance field is set to the value of the last call.
+func (b *GuildStatusApplyConfiguration) WithRebalance(value *GuildRebalanceStatusApplyConfiguration) *GuildStatusApplyConfiguration {
+	b.Rebalance = value
 	return b
 }

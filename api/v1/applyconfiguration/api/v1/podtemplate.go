@@ -9,7 +9,7 @@ import (
 // PodTemplateApplyConfiguration represents a declarative configuration of the PodTemplate type for use
 // with apply.
 //
-// PodTemplate is the part of a pod that users of a GuildShard may shape.
+// PodTemplate is the part of a pod that users of a GuildShard may shape; the container is the shard server's or the relay's.
 type PodTemplateApplyConfiguration struct {
 	// metadata is added to the pod.
 	Metadata *PodMetadataApplyConfiguration `json:"metadata,omitempty"`
