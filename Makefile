@@ -117,6 +117,29 @@ bench: ## Compare fan-out with other servers and the bare floor (ROUNDS, SESSION
 	build/bench/bench run --shardserver build/bench/shardserver --rounds $(ROUNDS) --sessions $(SESSIONS) \
 		--only $(ONLY) --csv build/bench.csv --storm-csv build/storm.csv --picture "$(PICTURE)"
 
+# How often torture kills, and what else it does: go run ./hack/torture -h lists it.
+KILLS ?= 500
+TORTURE ?=
+
+.PHONY: torture
+torture: ## Kill a shard server under load KILLS times and audit what its clients saw (KILLS, TORTURE="--stops 20").
+	$(GO_BUILD) -o build/torture/shardserver ./shardserver
+	go build -o build/torture/torture ./hack/torture
+	build/torture/torture --shardserver build/torture/shardserver --dir build/torture/run --kills $(KILLS) $(TORTURE)
+
+# The seed of all that is random in simulate.
+SEED ?= 1
+
+.PHONY: simulate
+simulate: ## Run the relay planner against growth curves of up to 2,000,000 sessions (SEED).
+	go run ./hack/simulate --seed $(SEED)
+
+.PHONY: bench-publish
+bench-publish: ## Compare publishing with logs on disk, in memory, and a bare append-and-fsync loop (ROUNDS).
+	$(GO_BUILD) -o build/bench/shardserver ./shardserver
+	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
+	build/bench/bench publish --shardserver build/bench/shardserver --rounds $(ROUNDS) --dir build/bench
+
 ##@ Build
 
 # CGO_ENABLED=0: the binaries run in an image that has nothing else.

@@ -348,6 +348,7 @@ func (s *server) report(bootID string, since int64) report.Report {
 // load is what the process does.
 func (s *server) load() report.Load {
 	l := s.meter.Load()
+	l.Waiting = int64(s.gateway.Held())
 	if s.store != nil {
 		if stats, err := s.store.Stats(); err == nil {
 			l.DiskUsedBytes = int64(stats.DiskUsed)
@@ -542,7 +543,7 @@ func (s *server) runAlone() {
 }
 
 func (s *server) totals() admin.Totals {
-	return admin.Totals{Events: s.events(), Deliveries: s.core.Stats().Deliveries}
+	return admin.Totals{Events: s.events(), Deliveries: s.core.Stats().Deliveries, Arrivals: s.gateway.Arrivals()}
 }
 
 // events is how many events this process has appended to logs.

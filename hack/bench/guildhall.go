@@ -66,8 +66,8 @@ func guildhallManifest(guilds int) []byte {
 }
 
 // startGuildhall starts the shard server as its users do, alone with a file, in a folder of its own.
-// It tells where it listens as it logs.
-func startGuildhall(ctx context.Context, binary string, guilds int) (_ *server, err error) {
+// It tells where it listens as it logs. more are further flags.
+func startGuildhall(ctx context.Context, binary string, guilds int, more ...string) (_ *server, err error) {
 	dir, err := os.MkdirTemp("", "guildhall-bench-")
 	if err != nil {
 		return nil, err
@@ -87,8 +87,10 @@ func startGuildhall(ctx context.Context, binary string, guilds int) (_ *server, 
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(ctx, binary, "serve", "--file", file, "--keys-dir", keys,
-		"--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0")
+	cmd := exec.CommandContext(ctx, binary, append([]string{
+		"serve", "--file", file, "--keys-dir", keys,
+		"--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0",
+	}, more...)...)
 	log, err := cmd.StderrPipe()
 	if err != nil {
 		return nil, err

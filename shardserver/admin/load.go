@@ -16,7 +16,7 @@ const loadWindow = 10 * time.Second
 
 // Totals are counters of the process since its start.
 type Totals struct {
-	Events, Deliveries uint64
+	Events, Deliveries, Arrivals uint64
 }
 
 // LoadMeter measures the process. Make one with NewLoadMeter.
@@ -61,6 +61,7 @@ func (m *LoadMeter) Load() report.Load {
 	if seconds := now.at.Sub(old.at).Seconds(); seconds > 0 {
 		l.EventsPerSecond = int64(float64(now.Events-old.Events) / seconds)
 		l.DeliveriesPerSecond = int64(float64(now.Deliveries-old.Deliveries) / seconds)
+		l.ArrivalsPerSecond = int64(float64(now.Arrivals-old.Arrivals) / seconds)
 		l.CPUMilli = int64(1000 * (now.cpu - old.cpu).Seconds() / seconds)
 	}
 	return l

@@ -104,6 +104,7 @@ type Gateway struct {
 	spliced map[*splice]struct{}
 	emptied chan struct{} // told when the last connection has gone
 
+	arrivals atomic.Uint64
 	held     atomic.Int64
 	sessions atomic.Int64
 	extra    atomic.Int64
@@ -187,6 +188,7 @@ func (u *upgrade) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 }
 
 func (g *Gateway) add(c *connection) {
+	g.arrivals.Add(1)
 	g.sweeper.Do(func() { go g.sweep() })
 	g.mu.Lock()
 	defer g.mu.Unlock()
@@ -204,6 +206,9 @@ func (g *Gateway) remove(c *connection) {
 		}
 	}
 }
+
+// Arrivals is the number of connections that have come so far.
+func (g *Gateway) Arrivals() uint64 { return g.arrivals.Load() }
 
 // Held is the number of connections that wait for their guild.
 func (g *Gateway) Held() int { return int(g.held.Load()) }

@@ -145,6 +145,7 @@ func (r *Relay) report() report.Relay {
 	a := report.Relay{
 		GuildUID: r.o.GuildUID, Name: r.o.Name, BootID: r.o.BootID, Version: r.o.Version, Ready: r.Ready() == nil,
 		Sessions: load.Sessions, DeliveriesPerSecond: load.DeliveriesPerSecond,
+		ArrivalsPerSecond: load.ArrivalsPerSecond, Waiting: load.Waiting,
 	}
 	r.mu.Lock()
 	g, ending := r.guild, r.ending

@@ -97,6 +97,9 @@ type Relay struct {
 	LastSeq             uint64 `json:"lastSeq"`
 	Sessions            int64  `json:"sessions"`
 	DeliveriesPerSecond int64  `json:"deliveriesPerSecond"`
+	// ArrivalsPerSecond is how many clients connect, Waiting how many are held without being served.
+	ArrivalsPerSecond int64 `json:"arrivalsPerSecond,omitempty"`
+	Waiting           int64 `json:"waiting,omitempty"`
 	// Draining: it lets its sessions go, by order or since it ends.
 	Draining bool `json:"draining"`
 	// Round is the last round of moves that it has taken orders of, and Asked how many sessions it has asked to
@@ -139,4 +142,7 @@ type Load struct {
 	CPUMilli            int64 `json:"cpuMilli"`
 	MemoryBytes         int64 `json:"memoryBytes"`
 	DiskUsedBytes       int64 `json:"diskUsedBytes"`
+	// ArrivalsPerSecond is how many clients connect, Waiting how many are held without being served.
+	ArrivalsPerSecond int64 `json:"arrivalsPerSecond,omitempty"`
+	Waiting           int64 `json:"waiting,omitempty"`
 }
