@@ -434,8 +434,36 @@ func TestRelay(t *testing.T) {
 	})
 	last := publish(2)
 
+	uid := string(shard.alone.Guilds[0].UID)
+	order := func(term, round int64, name string) (status int) {
+		t.Helper()
+		body := fmt.Sprintf(`{"guildUID":%q,"term":%d,"round":%d,"orders":[{"relay":%q,"leave":1,"perSecond":10}]}`, uid, term, round, name)
+		response, err := shard.client.Post("http://"+shard.listeners.admin.Addr().String()+report.OrdersPath, "application/json", strings.NewReader(body))
+		if err != nil {
+			t.Fatal(err)
+		}
+		response.Body.Close()
+		return response.StatusCode
+	}
+	for _, step := range []struct {
+		what        string
+		term, round int64
+		relay       string
+		want        int
+	}{
+		{"for the shard's own sessions", 5, 2, "", 204},
+		{"of an older round", 5, 1, "", 409},
+		{"of an older term", 4, 3, "", 409},
+		{"for a relay that has no link", 5, 3, "none", 503},
+		{"for the relay", 6, 3, "r", 204},
+	} {
+		if got := order(step.term, step.round, step.relay); got != step.want {
+			t.Errorf("an order %s: %d", step.what, got)
+		}
+	}
+	expect(t, ws, protocol.OpReconnect) // by the order
 	relay.stop()
-	expect(t, ws, protocol.OpReconnect)
+	expect(t, ws, protocol.OpReconnect) // since the relay ends
 	if status, _ := relay.admin("/readyz"); status != 503 {
 		t.Errorf("ready while it ends: %d", status)
 	}

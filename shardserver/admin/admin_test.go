@@ -2,6 +2,7 @@ package admin
 
 import (
 	"errors"
+	"fmt"
 	"net/http/httptest"
 	"strings"
 	"testing"
@@ -23,6 +24,15 @@ func TestHandler(t *testing.T) {
 		Report: func(boot string, since int64) report.Report {
 			return report.Report{BootID: boot, Revision: since, Guilds: []report.Guild{}}
 		},
+		Orders: func(o report.Orders) error {
+			switch o.Term {
+			case 1:
+				return fmt.Errorf("%w: term 1", ErrStale)
+			case 2:
+				return errors.New("relay r has no link")
+			}
+			return nil
+		},
 		Metrics: prometheus.NewRegistry(),
 	})
 	for name, test := range map[string]struct {
@@ -31,22 +41,27 @@ func TestHandler(t *testing.T) {
 		status   int
 		has      string
 	}{
-		"health":                     {"GET /healthz", nil, 200, "ok"},
-		"health while not ready":     {"GET /healthz", errors.New("stopping"), 200, "ok"},
-		"readiness":                  {"GET /readyz", nil, 200, "ok"},
-		"readiness while not ready":  {"GET /readyz", errors.New("stopping"), 503, "stopping"},
-		"the report":                 {"GET /v1/report", nil, 200, `"guilds":[]`},
-		"the report since a number":  {"GET /v1/report?boot=b&since=5", nil, 200, `"bootID":"b"`},
-		"the report since a word":    {"GET /v1/report?since=x", nil, 400, "since: expected"},
-		"the report by another verb": {"POST /v1/report", nil, 405, ""},
-		"metrics":                    {"GET /metrics", nil, 200, ""},
-		"anything else":              {"GET /", nil, 404, ""},
+		"health":                      {"GET /healthz", nil, 200, "ok"},
+		"health while not ready":      {"GET /healthz", errors.New("stopping"), 200, "ok"},
+		"readiness":                   {"GET /readyz", nil, 200, "ok"},
+		"readiness while not ready":   {"GET /readyz", errors.New("stopping"), 503, "stopping"},
+		"the report":                  {"GET /v1/report", nil, 200, `"guilds":[]`},
+		"the report since a number":   {"GET /v1/report?boot=b&since=5", nil, 200, `"bootID":"b"`},
+		"the report since a word":     {"GET /v1/report?since=x", nil, 400, "since: expected"},
+		"the report by another verb":  {"POST /v1/report", nil, 405, ""},
+		"metrics":                     {"GET /metrics", nil, 200, ""},
+		"orders":                      {"POST /v1/orders {}", nil, 204, ""},
+		"orders of an old term":       {`POST /v1/orders {"term":1}`, nil, 409, "term 1"},
+		"orders for who is not there": {`POST /v1/orders {"term":2}`, nil, 503, "no link"},
+		"orders that are none":        {"POST /v1/orders x", nil, 400, "expected orders"},
+		"anything else":               {"GET /", nil, 404, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			notReady = test.notReady
 			w := httptest.NewRecorder()
-			method, path, _ := strings.Cut(test.request, " ")
-			h.ServeHTTP(w, httptest.NewRequest(method, path, nil))
+			method, rest, _ := strings.Cut(test.request, " ")
+			path, body, _ := strings.Cut(rest, " ")
+			h.ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
 			if w.Code != test.status || !strings.Contains(w.Body.String(), test.has) {
 				t.Errorf("%d %s", w.Code, w.Body)
 			}

@@ -550,6 +550,7 @@ func TestErrors(t *testing.T) {
 		"the guild is stopped":       {guild.ErrClosed, 503},
 		"no member":                  {guild.ErrNotMember, 403},
 		"a key that was used":        {guild.ErrKeyReused, 422},
+		"the disk is full":           {guild.ErrFull, 507},
 		"anything else":              {errors.New("?"), 500},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -564,6 +565,18 @@ func TestErrors(t *testing.T) {
 				t.Errorf("headers %v", maps.Collect(maps.All(a.Header())))
 			}
 		})
+	}
+}
+
+// TestNoAnswerIsBetterThanAWrongOne: when nobody knows whether something was appended, the connection is closed.
+func TestNoAnswerIsBetterThanAWrongOne(t *testing.T) {
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { writeError(w, guild.ErrUncertain) }))
+	s.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
+	s.Start()
+	defer s.Close()
+	if response, err := s.Client().Get(s.URL); err == nil {
+		response.Body.Close()
+		t.Errorf("%s", response.Status)
 	}
 }
 
