@@ -140,6 +140,17 @@ bench-publish: ## Compare publishing with logs on disk, in memory, and a bare ap
 	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
 	build/bench/bench publish --shardserver build/bench/shardserver --rounds $(ROUNDS) --dir build/bench
 
+# How many sessions a guild has in bench-crowd, on which numbers of relays (empty: as many as they need), and for how long.
+CROWD ?= 100000
+RELAYS ?=
+LENGTH ?= 1m
+
+.PHONY: bench-crowd
+bench-crowd: ## One guild's sessions on relays, all on this machine (CROWD, RELAYS=1,2,4,7, LENGTH).
+	$(GO_BUILD) -o build/bench/shardserver ./shardserver
+	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
+	build/bench/bench crowd --shardserver build/bench/shardserver --sessions $(CROWD) --relays "$(RELAYS)" --length $(LENGTH)
+
 ##@ Build
 
 # CGO_ENABLED=0: the binaries run in an image that has nothing else.

@@ -61,7 +61,7 @@ func TestEverySystemDelivers(t *testing.T) {
 // A client that is sent a wrong number says so.
 func TestClientChecksNumbers(t *testing.T) {
 	event := func(seq uint64) []byte {
-		return append(appendHex(appendHex([]byte("{"+marker), seq), sinceStart()), `"}`...)
+		return append(appendHex(appendHex([]byte("{"+marker), seq), clock()), `"}`...)
 	}
 	for _, order := range [][]uint64{{2}, {1, 1}, {1, 3}, {1, 2, 3, 4}} {
 		for _, readers := range []int{2, 0} { // all, or all stuck
@@ -69,7 +69,7 @@ func TestClientChecksNumbers(t *testing.T) {
 			c.sessions[0].next = 1
 			var err error
 			for _, seq := range order {
-				err = errors.Join(err, c.message(0, event(seq), sinceStart()))
+				err = errors.Join(err, c.message(0, event(seq), clock()))
 			}
 			if err == nil {
 				t.Errorf("events %v: expected an error", order)

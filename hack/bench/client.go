@@ -46,6 +46,7 @@ type clientConfig struct {
 	Guild     int    `json:"guild,omitempty"`     // id of the first one; 0: none
 	Guilds    int    `json:"guilds"`              // ids from Guild on; sessions and events go round them, one session each if several
 	Payload   int    `json:"payload"`             // bytes of an event
+	Follow    bool   `json:"follow,omitempty"`    // another process publishes
 }
 
 // phase is each further line: publish for so long, then wait until all has arrived.
@@ -58,6 +59,8 @@ type phase struct {
 	// Cut: instead, cut all connections and come back. An event that is published meanwhile has to
 	// reach every session that resumes. Before it there was no event.
 	Cut bool `json:"cut"`
+	// Follow: instead, receive what another process publishes, up to that event, within Length.
+	Follow uint64 `json:"follow,omitempty"`
 }
 
 // answer is what a client process says to each line.
@@ -110,8 +113,11 @@ func clientCommand(in io.Reader, out io.Writer) error {
 		select {
 		case p := <-phases:
 			do := c.run
-			if p.Cut {
+			switch {
+			case p.Cut:
 				do = c.cut
+			case p.Follow > 0:
+				do = c.follow
 			}
 			a, err := do(p)
 			if err != nil {
@@ -143,6 +149,7 @@ type client struct {
 
 	published, done uint64 // events published, and received by all
 	received        [window]int
+	followed        int // events received that another process has published
 	bytes           int
 	latency         histogram
 
@@ -160,9 +167,17 @@ type session struct {
 	last uint64
 }
 
-var start = time.Now()
+// The machine's monotonic clock, which all processes share, at a time that is cheap to measure from.
+var start, startClock = time.Now(), func() uint64 {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &t); err != nil {
+		panic(err)
+	}
+	return uint64(t.Nano()) //nolint:gosec // not negative
+}()
 
-func sinceStart() uint64 { return uint64(time.Since(start)) } //nolint:gosec // not negative
+// clock is nanoseconds that all processes agree on.
+func clock() uint64 { return startClock + uint64(time.Since(start)) } //nolint:gosec // not negative
 
 func (c *client) start() (answer, error) {
 	s, err := systemNamed(c.config.System)
@@ -180,6 +195,9 @@ func (c *client) start() (answer, error) {
 	c.readers = len(c.sessions)
 	for i := range c.sessions {
 		c.sessions[i].next = uint64(1 + i%c.config.Guilds) //nolint:gosec // not negative
+	}
+	if c.config.Follow {
+		return c.connect(c.dialect.steps)
 	}
 	to := c.config.Publisher
 	if to == "" {
@@ -404,6 +422,25 @@ func (c *client) stepUntil(ready func() bool) error {
 	return nil
 }
 
+// follow receives what another process publishes.
+func (c *client) follow(p phase) (answer, error) {
+	c.latency, c.bytes = histogram{}, 0
+	began, first := time.Now(), c.followed
+	want := int(p.Follow) * len(c.sessions) //nolint:gosec // small
+	for c.followed < want {
+		if time.Since(began) > p.Length {
+			return answer{}, fmt.Errorf("%d of %d deliveries are missing after %s", want-c.followed, want, p.Length)
+		}
+		if err := c.step(100 * time.Millisecond); err != nil {
+			return answer{}, err
+		}
+	}
+	return answer{
+		Deliveries: c.followed - first, Bytes: c.bytes, Seconds: time.Since(began).Seconds(),
+		P50: c.latency.quantile(0.5), P99: c.latency.quantile(0.99),
+	}, nil
+}
+
 // run carries out a phase.
 func (c *client) run(p phase) (answer, error) {
 	if err := c.stick(len(c.sessions) - p.Stuck); err != nil {
@@ -460,20 +497,25 @@ var padding = bytes.Repeat([]byte("x"), 2*payloadSize)
 // compose adds the next event to what goes to the server.
 func (c *client) compose() {
 	c.published++
-	const head, mid, tail = "{" + marker, `","pad":"`, `"}`
 	var event [2 * payloadSize]byte
-	b := append(event[:0], head...)
-	b = appendHex(b, c.published)
-	b = appendHex(b, sinceStart())
-	b = append(b, mid...)
-	b = append(b, padding[:c.config.Payload-len(b)-len(tail)]...)
-	b = append(b, tail...)
+	b := appendEvent(event[:0], c.published, c.config.Payload)
 	if c.config.Publisher == "" {
 		c.outgoing = appendPublish(c.outgoing, &c.config, int(c.published-1)%c.config.Guilds, b) //nolint:gosec // small
 		return
 	}
 	c.outgoing = binary.BigEndian.AppendUint32(c.outgoing, uint32(len(b))) //nolint:gosec // small
 	c.outgoing = append(c.outgoing, b...)
+}
+
+// appendEvent adds an event of so many bytes, published now.
+func appendEvent(b []byte, number uint64, size int) []byte {
+	const head, mid, tail = "{" + marker, `","pad":"`, `"}`
+	b = append(b, head...)
+	b = appendHex(b, number)
+	b = appendHex(b, clock())
+	b = append(b, mid...)
+	b = append(b, padding[:size-len(b)-len(tail)]...)
+	return append(b, tail...)
 }
 
 func (c *client) send() error {
@@ -557,7 +599,7 @@ func (c *client) read(i int) error {
 // take takes the frames of session i off b, and keeps the rest.
 func (c *client) take(i int, b []byte) error {
 	s := &c.sessions[i]
-	now := sinceStart()
+	now := clock()
 	for {
 		opcode, payload, size := parseFrame(b)
 		if size == 0 {
@@ -595,7 +637,7 @@ func (c *client) message(i int, payload []byte, now uint64) error {
 			return fmt.Errorf("event cut off: %q", payload)
 		}
 		seq, sent := parseHex(payload[:16]), parseHex(payload[16:32])
-		if seq != s.next || seq > c.published {
+		if seq != s.next || seq > c.published && !c.config.Follow {
 			return fmt.Errorf("expected event %d of %d, got %d", s.next, c.published, seq)
 		}
 		s.next += uint64(c.config.Guilds) //nolint:gosec // not negative
@@ -603,6 +645,10 @@ func (c *client) message(i int, payload []byte, now uint64) error {
 			continue
 		}
 		c.latency.add(now - sent)
+		if c.config.Follow {
+			c.followed++
+			continue
+		}
 		count := &c.received[seq%window]
 		if *count++; *count == c.receivers() {
 			*count = 0

@@ -66,7 +66,7 @@ func guildhallManifest(guilds int) []byte {
 }
 
 // startGuildhall starts the shard server as its users do, alone with a file, in a folder of its own.
-// It tells where it listens as it logs. more are further flags.
+// more are further flags.
 func startGuildhall(ctx context.Context, binary string, guilds int, more ...string) (_ *server, err error) {
 	dir, err := os.MkdirTemp("", "guildhall-bench-")
 	if err != nil {
@@ -91,12 +91,17 @@ func startGuildhall(ctx context.Context, binary string, guilds int, more ...stri
 		"serve", "--file", file, "--keys-dir", keys,
 		"--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0",
 	}, more...)...)
+	return s, s.start(cmd)
+}
+
+// start starts a shard server, or a relay, which tells where it listens as it logs.
+func (s *server) start(cmd *exec.Cmd) error {
 	log, err := cmd.StderrPipe()
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if s.process, err = startProcess(cmd); err != nil {
-		return nil, err
+		return err
 	}
 	lines := bufio.NewScanner(log)
 	var said strings.Builder
@@ -105,10 +110,10 @@ func startGuildhall(ctx context.Context, binary string, guilds int, more ...stri
 		if m := startedLine.FindStringSubmatch(lines.Text()); m != nil {
 			s.address, s.admin = m[1], m[2]
 			go io.Copy(io.Discard, log) //nolint:errcheck // until it ends
-			return s, nil
+			return nil
 		}
 	}
-	return nil, fmt.Errorf("the shard server did not start:\n%s", said.String())
+	return fmt.Errorf("%s did not start:\n%s", cmd, said.String())
 }
 
 var startedLine = regexp.MustCompile(`msg="shard server started".* gateway=(\S+) admin=(\S+)`)
@@ -134,19 +139,25 @@ func userToken(key string, user int, publish bool) string {
 
 // appendPublish adds the REST call that publishes an event to the guild.
 func appendPublish(b []byte, c *clientConfig, guild int, payload []byte) []byte {
-	if publishHeads[guild] == nil {
+	to := publishHead{c.Key, guild}
+	if publishHeads[to] == nil {
 		id := c.Guild + guild
-		publishHeads[guild] = fmt.Appendf(nil, "POST /g/%d/api/v10/guilds/%d/events HTTP/1.1\r\nHost: %s\r\nAuthorization: Bot %s\r\n"+
+		publishHeads[to] = fmt.Appendf(nil, "POST /g/%d/api/v10/guilds/%d/events HTTP/1.1\r\nHost: %s\r\nAuthorization: Bot %s\r\n"+
 			"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n", id, id, c.Address,
 			userToken(c.Key, firstUser, true), len(publishOpen)+len(payload)+len(publishClose))
 	}
-	b = append(append(b, publishHeads[guild]...), publishOpen...)
+	b = append(append(b, publishHeads[to]...), publishOpen...)
 	return append(append(b, payload...), publishClose...)
 }
 
 const publishOpen, publishClose = `{"t":"GAME_TICK","d":`, `}`
 
-var publishHeads = map[int][]byte{}
+type publishHead struct {
+	key   string
+	guild int
+}
+
+var publishHeads = map[publishHead][]byte{}
 
 // counters are what a shard server has counted so far, by its own metrics.
 type counters struct{ deliveries, writes, lagging, allocations float64 }

@@ -3,6 +3,7 @@
 // same work. README.md tells how, docs/performance.md what came of it.
 //
 //	bench run            runs all, prints a table
+//	bench crowd          has one guild's sessions on several relays
 //	bench publish        compares publishing with logs on disk and in memory
 //	bench server SYSTEM  is one of the servers; started by run
 //	bench client         is the sessions and the publisher; started by run
@@ -37,6 +38,8 @@ func command(ctx context.Context, args []string) error {
 	switch {
 	case len(args) >= 1 && args[0] == "run":
 		return runCommand(ctx, args[1:])
+	case len(args) >= 1 && args[0] == "crowd":
+		return crowdCommand(ctx, args[1:])
 	case len(args) >= 1 && args[0] == "publish":
 		return publishCommand(ctx, args[1:])
 	case len(args) == 2 && args[0] == "server":
@@ -44,5 +47,5 @@ func command(ctx context.Context, args []string) error {
 	case len(args) == 1 && args[0] == "client":
 		return clientCommand(os.Stdin, os.Stdout)
 	}
-	return errors.New("usage: bench run [flags], bench publish [flags], bench server SYSTEM, or bench client")
+	return errors.New("usage: bench run [flags], bench publish [flags], bench crowd [flags], bench server SYSTEM, or bench client")
 }
