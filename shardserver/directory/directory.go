@@ -99,9 +99,9 @@ type Place struct {
 	Guild *guild.Guild
 	// Object is the Guild resource; nil when the guild is unknown.
 	Object *v1.Guild
-	// Remote is host and port of where it is served, when that is not here.
+	// Remote is host and port of the pod that holds it, when that is another one.
 	Remote string
-	// Relays is host and port of the relays that serve the guild, which is held here.
+	// Relays is host and port of the relays that serve its sessions, when there are some.
 	Relays string
 }
 
@@ -119,11 +119,10 @@ func (d *Directory) Find(id snowflake.ID) (p Place, changed <-chan struct{}) {
 // placeOf is where a placed guild is. d.mu is held.
 func (d *Directory) placeOf(e *entry) (p Place) {
 	p.Guild, p.Object = e.local, e.object
-	relayed := d.o.RelayAddress != nil && e.object.Status.Mode == v1.GuildRelayed
-	switch shard := e.object.Status.Placement.ShardName; {
-	case e.local != nil && relayed:
+	if d.o.RelayAddress != nil && e.object.Status.Mode == v1.GuildRelayed {
 		p.Relays = d.o.RelayAddress(e.id)
-	case e.local == nil && shard != d.o.ShardName:
+	}
+	if shard := e.object.Status.Placement.ShardName; e.local == nil && shard != d.o.ShardName {
 		p.Remote = d.o.PodAddress(shard)
 	}
 	return p

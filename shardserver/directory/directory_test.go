@@ -28,8 +28,9 @@ func newDirectory(t *testing.T) *Directory {
 	core := fanout.New(fanout.Options{Workers: 1})
 	d := New(Options{
 		ShardName: "a", ShardUID: "uid-a", Version: "test", Core: core, Logger: slog.New(slog.DiscardHandler),
-		PodAddress: func(shard string) string { return "pod-of-" + shard },
-		Load:       func() report.Load { return report.Load{CPUMilli: 7} },
+		PodAddress:   func(shard string) string { return "pod-of-" + shard },
+		RelayAddress: func(snowflake.ID) string { return "relays" },
+		Load:         func() report.Load { return report.Load{CPUMilli: 7} },
 	})
 	t.Cleanup(func() {
 		d.Stop()
@@ -118,6 +119,30 @@ func TestApply(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestRelays(t *testing.T) {
+	d := newDirectory(t)
+	for _, shard := range []string{"a", "b"} {
+		for mode, want := range map[v1.GuildMode]string{v1.GuildDirect: "", v1.GuildRelayed: "relays", "": ""} {
+			g := object(1, shard)
+			g.Status.Mode = mode
+			_, changed := d.Find(idOf(1))
+			before, _ := d.Find(idOf(1))
+			d.Apply(g)
+			place, _ := d.Find(idOf(1))
+			if place.Relays != want || place.Guild != nil != (shard == "a") || place.Remote != "" != (shard == "b") {
+				t.Errorf("on %s, %s: %+v", shard, mode, place)
+			}
+			select {
+			case <-changed:
+			default:
+				if before.Relays != place.Relays {
+					t.Errorf("on %s, %s: not told", shard, mode)
+				}
+			}
+		}
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"net"
 	"net/url"
 	"sync"
 	"time"
@@ -109,7 +110,10 @@ func (c *Client) Down() time.Duration {
 
 // link connects and receives until something fails.
 func (c *Client) link(ctx context.Context) error {
-	dialer := websocket.Dialer{TLSClientConfig: c.o.TLS, HandshakeTimeout: writeTime, ReadBufferSize: 64 << 10, WriteBufferSize: 16 << 10}
+	dialer := websocket.Dialer{
+		NetDialContext:  (&net.Dialer{Timeout: dialTime}).DialContext,
+		TLSClientConfig: c.o.TLS, HandshakeTimeout: writeTime, ReadBufferSize: 64 << 10, WriteBufferSize: 16 << 10,
+	}
 	u := url.URL{
 		Scheme: "wss", Host: c.o.Address, Path: Path + c.o.Guild.ID.String(),
 		RawQuery: url.Values{"name": {c.o.Name}}.Encode(),

@@ -27,7 +27,8 @@ const (
 	// silence is how long an end may be silent before the link is given up; pingTime is how often each says something.
 	silence  = 15 * time.Second
 	pingTime = 4 * time.Second
-	// writeTime bounds one write.
+	// dialTime bounds the wait for a shard that may be at another address by now; writeTime bounds one write.
+	dialTime  = 2 * time.Second
 	writeTime = 10 * time.Second
 	// rememberTime is how long the sessions of a relay whose link is down count as connected.
 	rememberTime = time.Minute
