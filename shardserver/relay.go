@@ -41,7 +41,7 @@ func relayCommand(ctx context.Context, args []string) error {
 	fs.StringVar(&r.shardAddress, "shard-address", "", "host and port of the shard's links")
 	fs.StringVar(&r.restAddress, "shard-rest-address", "", "host and port where the shard answers REST; port 8080 of --shard-address when empty")
 	fs.StringVar(&c.linkDir, "link-dir", "", "directory with tls.crt, tls.key and ca.crt of the link, re-read when they change")
-	fs.StringVar(&r.gatewayURL, "gateway-url", "", "base of the address where clients resume, ws(s)://host[:port][/path]")
+	fs.StringVar(&r.gatewayURL, "gateway-url", "", "address where clients resume, ws(s)://host[:port][/path]/g/<guild id>/")
 	fs.IntVar(&r.sessions, "sessions", v1.MaxSessions, "connections that the relay is planned to hold")
 	fs.DurationVar(&r.drain, "drain", 20*time.Second, "how long sessions have to leave when the relay ends")
 	fs.StringVar(&c.listen, "listen", ":8080", "address of the gateway")
@@ -64,7 +64,7 @@ func relayCommand(ctx context.Context, args []string) error {
 	case r.name == "":
 		return errors.New("relay: --name: expected a name")
 	case r.gatewayURL == "":
-		return errors.New("relay: --gateway-url: expected ws(s)://host[:port][/path]")
+		return errors.New("relay: --gateway-url: expected ws(s)://host[:port][/path]/g/<guild id>/")
 	case r.sessions < 1 || r.sessions > v1.MaxSessions:
 		return fmt.Errorf("relay: --sessions: expected 1 to %d, got %d", v1.MaxSessions, r.sessions)
 	}

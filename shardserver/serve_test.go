@@ -394,7 +394,7 @@ func TestRelay(t *testing.T) {
 		logger: slog.New(slog.DiscardHandler),
 		relay: &relayConfig{
 			guild: 1100000000000000001, guildUID: "uid", name: "r", shardAddress: c.linkListen, restAddress: shard.address(),
-			gatewayURL: "ws://relays.example", sessions: 100, drain: 2 * time.Second,
+			gatewayURL: "ws://relays.example/g/" + guildID + "/", sessions: 100, drain: 2 * time.Second,
 		},
 	})
 	ws := relay.dial(guildID)

@@ -37,7 +37,8 @@ func AddressesOf(g *Guild, id string, shard *GuildShard) Addresses {
 	return Addresses{
 		Gateway: guildURL(id, own, frontDoor, inside(FrontDoorService)),
 		Direct:  guildURL(id, own, direct, frontDoor, inside(shard.Name)),
-		Relays:  guildURL(id, own, inside(RelayService(id))),
+		// Who comes in by the front door from outside the cluster does not reach a Service of its own.
+		Relays: guildURL(id, own, frontDoor, inside(RelayService(id))),
 	}
 }
 

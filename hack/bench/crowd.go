@@ -102,7 +102,7 @@ func crowd(ctx context.Context, binary, data string, sessions, relays int, every
 		r := relayed{server: &server{key: shard.key, guild: guildID}}
 		err := r.start(exec.CommandContext(ctx, binary, "relay", "--guild-id", strconv.Itoa(guildID), "--name", fmt.Sprint("relay-", i),
 			"--shard-address", address, "--shard-rest-address", shard.address, "--link-dir", filepath.Join(links, "relay"),
-			"--keys-dir", filepath.Join(shard.dir, "keys"), "--gateway-url", "ws://127.0.0.1:1", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"))
+			"--keys-dir", filepath.Join(shard.dir, "keys"), "--gateway-url", "ws://127.0.0.1:1/g/"+strconv.Itoa(guildID)+"/", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"))
 		if err != nil {
 			return err
 		}

@@ -7,7 +7,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"log/slog"
-	"strings"
 	"sync"
 	"time"
 
@@ -31,7 +30,7 @@ type Options struct {
 	Name string
 	// ShardLinks and ShardClients are host and port of the shard's links, and of its gateway and REST.
 	ShardLinks, ShardClients string
-	// GatewayURL is the base of the address where clients resume, ws(s)://host.
+	// GatewayURL is the address where clients resume, ws(s)://host[:port][/path]/g/<guild id>/.
 	GatewayURL string
 	// Sessions is how many connections the relay is planned to hold.
 	Sessions int
@@ -102,8 +101,7 @@ func (r *Relay) Find(id snowflake.ID) (p directory.Place, changed <-chan struct{
 
 // Addresses are those where clients of the guild resume.
 func (r *Relay) Addresses(*v1.Guild) v1.Addresses {
-	url := strings.TrimSuffix(r.o.GatewayURL, "/") + "/g/" + r.o.Guild.String() + "/"
-	return v1.Addresses{Gateway: url, Direct: url}
+	return v1.Addresses{Gateway: r.o.GatewayURL, Direct: r.o.GatewayURL}
 }
 
 // SessionCapacity is how many connections the relay is planned to hold.
