@@ -107,6 +107,12 @@ func guildOn(t *testing.T, namespace string, shards ...string) (url string) {
 		fmt.Fprintf(&manifest, "apiVersion: guildhall.dev/v1\nkind: GuildShard\nmetadata: {name: %s}\n---\n", s)
 	}
 	apply(t, namespace, manifest.String())
+	return guildAt(t, namespace, shards[0])
+}
+
+// guildAt waits for the namespace's shards, applies an open guild on one of them and returns the guild's URL behind the front door.
+func guildAt(t *testing.T, namespace, shard string) (url string) {
+	t.Helper()
 	kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "guildshards", "--all", "--timeout=2m")
 	applied := time.Now()
 	apply(t, namespace, `
@@ -116,7 +122,7 @@ metadata: {name: lobby}
 spec:
   displayName: Lobby
   access: {join: Open}
-  placement: {shardName: `+shards[0]+`}
+  placement: {shardName: `+shard+`}
   bootstrap: {channels: [{name: general, type: Text}, {name: Lounge, type: Voice}]}
 `)
 	kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "guild/lobby", "--timeout=2m")
@@ -170,10 +176,16 @@ func restBase(url string) string { return "http" + strings.TrimPrefix(url, "ws")
 // shardProcess is the process of a shard server on this machine's own node.
 func shardProcess(t *testing.T, namespace, shard string) *os.Process {
 	t.Helper()
-	entries, err := filepath.Glob("/proc/[0-9]*/cmdline")
-	if err != nil {
-		t.Fatal(err)
+	process := findShardProcess(namespace, shard)
+	if process == nil {
+		t.Fatalf("no process of shard %s in namespace %s", shard, namespace)
 	}
+	return process
+}
+
+// findShardProcess returns nil when there is none.
+func findShardProcess(namespace, shard string) *os.Process {
+	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range entries {
 		cmdline, err := os.ReadFile(path)
 		if err != nil {
@@ -181,17 +193,11 @@ func shardProcess(t *testing.T, namespace, shard string) *os.Process {
 		}
 		args := strings.Split(string(cmdline), "\x00")
 		if strings.HasSuffix(args[0], "/shardserver") && slices.Contains(args, "--namespace="+namespace) && slices.Contains(args, "--shard-name="+shard) {
-			pid, err := strconv.Atoi(strings.Split(path, "/")[2])
-			if err != nil {
-				t.Fatal(err)
+			if pid, err := strconv.Atoi(strings.Split(path, "/")[2]); err == nil {
+				process, _ := os.FindProcess(pid) // on Unix it always finds one
+				return process
 			}
-			process, err := os.FindProcess(pid)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return process
 		}
 	}
-	t.Fatalf("no process of shard %s in namespace %s", shard, namespace)
 	return nil
 }

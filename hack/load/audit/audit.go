@@ -7,9 +7,16 @@
 //
 //   - numbers never fall, and each (number, type) comes at most once;
 //   - equal numbers mean equal bodies in all sessions of a view;
-//   - an acknowledged event comes exactly once, at its acknowledged number;
+//   - an acknowledged event comes exactly once, at its acknowledged number, which stays the same
+//     however often the event is sent again;
 //   - an unacknowledged one comes at most once, at the same number everywhere;
-//   - a publisher's events have rising numbers.
+//   - a refused one, of which the server said that it was not appended, does not come;
+//   - no two events have one number, and a publisher's events have rising numbers.
+//
+// Where the log survives the end of its server (NewDurable), all this holds over restarts, and more:
+//
+//   - no session is lost: none is invalidated, or begun anew for a client that had one;
+//   - a new session does not begin before what was acknowledged when it was asked for.
 //
 // Numbers may be missing otherwise: a server filters. So a session costs a position and, while
 // nothing is skipped, no list: what sessions skip is counted per distinct gap in a table that a
@@ -18,6 +25,7 @@
 package audit
 
 import (
+	"cmp"
 	"fmt"
 	"slices"
 	"sync"
@@ -45,6 +53,8 @@ func unpack(p uint64) Event {
 // Auditor holds what is known of one guild's log and of the sessions that read it. All
 // methods of it and of its sessions may be called from any goroutine.
 type Auditor struct {
+	durable bool
+
 	mu         sync.Mutex
 	publishers [][]published // by publisher and count
 	views      map[string]*view
@@ -59,12 +69,20 @@ type Auditor struct {
 // published is what is known of an event: its number, 0 until an acknowledgement or a first
 // sight tells it.
 type published struct {
-	number uint64
-	acked  bool
+	number  uint64
+	acked   bool
+	refused bool
 }
 
-// New makes an auditor that knows of no event and no session.
+// New makes an auditor that knows of no event and no session. The log may end with its server.
 func New() *Auditor { return &Auditor{views: map[string]*view{}} }
+
+// NewDurable is New for a log that survives its server.
+func NewDurable() *Auditor {
+	a := New()
+	a.durable = true
+	return a
+}
 
 // Publish says that an event is about to be sent to the server for the first time. Events of a
 // publisher come in the order of their counts.
@@ -101,6 +119,16 @@ func (a *Auditor) Acknowledge(e Event, number uint64) {
 	a.last = max(a.last, number)
 }
 
+// Refuse says that the server answered that it did not append an event, which will not be sent
+// again. Whether it comes all the same is looked at when the verdict is due.
+func (a *Auditor) Refuse(e Event) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if p := a.published(e); p != nil {
+		p.refused = true
+	}
+}
+
 // Last is the highest acknowledged number.
 func (a *Auditor) Last() uint64 {
 	a.mu.Lock()
@@ -116,8 +144,8 @@ func (a *Auditor) Acknowledged() int {
 }
 
 // Session starts a session; its duty begins with Snapshot. Sessions of one view are to see the
-// same bytes: they have equal rights and intents.
-func (a *Auditor) Session(name, viewName string) *Session {
+// same bytes: they have equal rights and intents. since is what Last was when the session was asked for.
+func (a *Auditor) Session(name, viewName string, since uint64) *Session {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	v := a.views[viewName]
@@ -125,7 +153,7 @@ func (a *Auditor) Session(name, viewName string) *Session {
 		v = newView()
 		a.views[viewName] = v
 	}
-	s := &Session{a: a, view: v, name: name}
+	s := &Session{a: a, view: v, name: name, since: since}
 	a.sessions = append(a.sessions, s)
 	return s
 }
@@ -149,18 +177,22 @@ func (a *Auditor) problem(format string, args ...any) {
 
 // Verdict is what an audit found.
 type Verdict struct {
-	Deliveries uint64 // published events that reached a session, doubles apart
-	Lost       uint64 // deliveries that were due and did not come as their number
-	Doubled    uint64 // deliveries that came again
-	Reordered  uint64 // frames whose number fell, or was not theirs
-	Corrupted  uint64 // deliveries with another body than the published one
-	Problems   []string
+	Deliveries  uint64 // published events that reached a session, doubles apart
+	Lost        uint64 // deliveries that were due and did not come as their number
+	Doubled     uint64 // deliveries that came again
+	Reordered   uint64 // frames whose number fell, or was not theirs
+	Corrupted   uint64 // deliveries with another body than the published one
+	Refuted     uint64 // events that came although they had been refused
+	Invalidated uint64 // sessions that were lost although their log should have survived
+	Problems    []string
 }
 
 // Clean says that nothing was found.
-func (v Verdict) Clean() bool { return v.Lost+v.Doubled+v.Reordered+v.Corrupted == 0 }
+func (v Verdict) Clean() bool {
+	return v.Lost+v.Doubled+v.Reordered+v.Corrupted+v.Refuted+v.Invalidated == 0
+}
 
-// Counts is the part of the verdict that is known at any time: Lost is 0 and Problems is nil.
+// Counts is the part of the verdict that is known at any time: Lost and Refuted are 0 and Problems is nil.
 func (a *Auditor) Counts() Verdict {
 	a.mu.Lock()
 	sessions := a.sessions
@@ -194,8 +226,8 @@ func (a *Auditor) Verdict(complete bool) Verdict {
 		v.Problems = append(v.Problems, fmt.Sprintf(format, args...))
 	}
 
-	// Numbers of acknowledged events, and the order of each publisher's events.
-	due := make([]carried, 0, a.acked)
+	// Numbers of acknowledged events and of all that have one, and the order of each publisher's events.
+	due, all := make([]carried, 0, a.acked), make([]carried, 0, a.acked)
 	for i, events := range a.publishers {
 		var before uint64
 		for j, p := range events {
@@ -208,24 +240,23 @@ func (a *Auditor) Verdict(complete bool) Verdict {
 				tell("%v has number %d, an earlier one of the same publisher has %d", e, p.number, before)
 			}
 			before = max(before, p.number)
+			if p.refused {
+				v.Refuted++
+				tell("%v has number %d, although the server said that it was not appended", e, p.number)
+			}
+			all = append(all, carried{p.number, e})
 			if p.acked {
 				due = append(due, carried{p.number, e})
 			}
 		}
 	}
-	slices.SortFunc(due, func(x, y carried) int {
-		switch {
-		case x.number < y.number:
-			return -1
-		case x.number > y.number:
-			return 1
-		}
-		return 0
-	})
-	for i := 1; i < len(due); i++ {
-		if due[i].number == due[i-1].number {
+	byNumber := func(x, y carried) int { return cmp.Compare(x.number, y.number) }
+	slices.SortStableFunc(due, byNumber)
+	slices.SortStableFunc(all, byNumber)
+	for i := 1; i < len(all); i++ {
+		if all[i].number == all[i-1].number {
 			v.Reordered++
-			tell("%v and %v were both acknowledged as number %d", due[i-1].event, due[i].event, due[i].number)
+			tell("%v and %v both have number %d", all[i-1].event, all[i].event, all[i].number)
 		}
 	}
 
@@ -281,15 +312,7 @@ func within(due []carried, s span) []carried {
 	if s.to < s.from {
 		return nil
 	}
-	compare := func(c carried, n uint64) int {
-		switch {
-		case c.number < n:
-			return -1
-		case c.number > n:
-			return 1
-		}
-		return 0
-	}
+	compare := func(c carried, n uint64) int { return cmp.Compare(c.number, n) }
 	from, _ := slices.BinarySearchFunc(due, s.from, compare)
 	rest := due[from:]
 	to, found := slices.BinarySearchFunc(rest, s.to, compare)

@@ -160,7 +160,7 @@ func TestAgainstModel(t *testing.T) {
 			next := 0
 			parties = append(parties, func() bool {
 				if session == nil {
-					session = a.Session(fmt.Sprint("s", i), "all")
+					session = a.Session(fmt.Sprint("s", i), "all", 0)
 					session.Told(s.base - 1)
 					session.Snapshot(s.base)
 				}
@@ -260,6 +260,32 @@ func TestNumbers(t *testing.T) {
 			a.Acknowledge(event(0), 5)
 			a.Acknowledge(event(1), 5)
 		}, Verdict{Reordered: 1}},
+		{"one number for two events, of which one was never acknowledged", func(a *Auditor, s, other *Session) {
+			s.Event(11, event(0), 1)
+			other.Event(11, event(0), 1)
+			a.Acknowledge(event(1), 11)
+		}, Verdict{Deliveries: 2, Reordered: 1}},
+		{"acknowledged again, as before", func(a *Auditor, s, other *Session) {
+			a.Acknowledge(event(0), 11)
+			s.Event(11, event(0), 1)
+			other.Event(11, event(0), 1)
+			a.Acknowledge(event(0), 11)
+		}, Verdict{Deliveries: 2}},
+		{"acknowledged again, as another number", func(a *Auditor, _, _ *Session) {
+			a.Acknowledge(event(0), 5)
+			a.Acknowledge(event(0), 6)
+		}, Verdict{Reordered: 1}},
+		{"refused", func(a *Auditor, _, _ *Session) {
+			a.Refuse(event(0))
+		}, Verdict{}},
+		{"refused, but appended", func(a *Auditor, s, _ *Session) {
+			a.Refuse(event(0))
+			s.Event(11, event(0), 1)
+		}, Verdict{Deliveries: 1, Refuted: 1}},
+		{"appended, then refused", func(a *Auditor, s, _ *Session) {
+			s.Event(11, event(0), 1)
+			a.Refuse(event(0))
+		}, Verdict{Deliveries: 1, Refuted: 1}},
 		{"never published", func(_ *Auditor, s, _ *Session) {
 			s.Event(11, event(99), 1)
 			s.Event(12, Event{Publisher: 9}, 1)
@@ -317,14 +343,14 @@ func TestNumbers(t *testing.T) {
 			a.Acknowledge(event(0), 11)
 		}, Verdict{Deliveries: 1}},
 		{"before the snapshot", func(a *Auditor, _, _ *Session) {
-			s := a.Session("new", "all")
+			s := a.Session("new", "all", 0)
 			s.Event(11, event(0), 1)
 		}, Verdict{Reordered: 1}},
 	} {
 		t.Run(test.name, func(t *testing.T) {
 			a := New()
 			a.Publish(event(2))
-			s, other := a.Session("one", "all"), a.Session("two", "all")
+			s, other := a.Session("one", "all", 0), a.Session("two", "all", 0)
 			s.Snapshot(10)
 			other.Snapshot(10)
 			// What is acknowledged and not fed to a session is lost to it only when this
@@ -343,11 +369,79 @@ func TestNumbers(t *testing.T) {
 	}
 }
 
+// TestDurable has what is a fault where the log survives its server, and is none elsewhere.
+func TestDurable(t *testing.T) {
+	for _, test := range []struct {
+		name string
+		do   func(a *Auditor, s *Session)
+		want Verdict // with NewDurable
+	}{
+		{"a session is invalidated", func(_ *Auditor, s *Session) {
+			s.Invalidated("op 9")
+		}, Verdict{Invalidated: 1}},
+		{"a session is invalidated, and told again", func(_ *Auditor, s *Session) {
+			s.Invalidated("close 4007")
+			s.Invalidated("READY of another")
+		}, Verdict{Invalidated: 1}},
+		{"a session has left", func(_ *Auditor, s *Session) {
+			s.End()
+			s.Invalidated("op 9")
+		}, Verdict{}},
+		{"a new session begins before what was acknowledged", func(a *Auditor, _ *Session) {
+			a.Acknowledge(Event{}, 12)
+			a.Session("new", "all", a.Last()).Snapshot(11)
+		}, Verdict{Reordered: 1}},
+		{"a new session begins where it was acknowledged", func(a *Auditor, _ *Session) {
+			a.Acknowledge(Event{}, 12)
+			a.Session("new", "all", a.Last()).Snapshot(12)
+		}, Verdict{}},
+		{"acknowledged while a new session begins", func(a *Auditor, _ *Session) {
+			s := a.Session("new", "all", a.Last())
+			a.Acknowledge(Event{}, 12)
+			s.Snapshot(11)
+		}, Verdict{}},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			for _, a := range []*Auditor{NewDurable(), New()} {
+				a.Publish(Event{})
+				s := a.Session("one", "all", 0)
+				s.Snapshot(10)
+				test.do(a, s)
+				got := a.Verdict(false)
+				if got.Clean() != (len(got.Problems) == 0) {
+					t.Errorf("clean is %v with problems %q", got.Clean(), got.Problems)
+				}
+				problems := got.Problems
+				got.Problems = nil
+				want := Verdict{}
+				if a.durable {
+					want = test.want
+				}
+				if diff := cmp.Diff(want, got); diff != "" {
+					t.Errorf("durable %v (-want +got):\n%s%q", a.durable, diff, problems)
+				}
+			}
+		})
+	}
+}
+
+// TestClean says that each count alone makes a verdict unclean.
+func TestClean(t *testing.T) {
+	if !(Verdict{Deliveries: 1}).Clean() {
+		t.Error("deliveries are no fault")
+	}
+	for _, v := range []Verdict{{Lost: 1}, {Doubled: 1}, {Reordered: 1}, {Corrupted: 1}, {Refuted: 1}, {Invalidated: 1}} {
+		if v.Clean() {
+			t.Errorf("%+v is clean", v)
+		}
+	}
+}
+
 func BenchmarkEvent(b *testing.B) {
 	a := New()
 	sessions := make([]*Session, 1000)
 	for i := range sessions {
-		sessions[i] = a.Session("s", "all")
+		sessions[i] = a.Session("s", "all", 0)
 		sessions[i].Snapshot(2)
 	}
 	n, i := uint32(0), len(sessions)
@@ -370,7 +464,7 @@ func BenchmarkEvent(b *testing.B) {
 // TestShifted has a session that gets a stretch of the log under numbers that are one too high.
 func TestShifted(t *testing.T) {
 	a := New()
-	right, wrong := a.Session("right", "all"), a.Session("wrong", "all")
+	right, wrong := a.Session("right", "all", 0), a.Session("wrong", "all", 0)
 	right.Snapshot(10)
 	wrong.Snapshot(10)
 	for i := range uint32(5) {

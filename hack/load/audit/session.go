@@ -15,6 +15,8 @@ type Session struct {
 	a    *Auditor
 	view *view
 	name string
+	// since is what was acknowledged when the session was asked for.
+	since uint64
 
 	mu    sync.Mutex
 	begun bool
@@ -28,7 +30,7 @@ type Session struct {
 	chunk   *chunk // of pos, to spare looking it up
 	chunkNo uint64
 
-	deliveries, doubled, reordered, corrupted uint64
+	deliveries, doubled, reordered, corrupted, invalidated uint64
 }
 
 // Position is the highest number that the session was told, and whether it has a snapshot.
@@ -45,6 +47,10 @@ func (s *Session) Snapshot(number uint64) {
 	if number < s.pos {
 		s.fell(number)
 	}
+	if s.a.durable && number < s.since {
+		s.reordered++
+		s.problem("session %s begins at number %d, after number %d had been acknowledged", s.name, number, s.since)
+	}
 	s.move(number)
 	s.begun, s.base, s.ours, s.kinds = true, number, false, nil
 }
@@ -54,6 +60,21 @@ func (s *Session) End() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.ended = true
+}
+
+// Invalidated says that the server does not know the session any more, and how it said so: the session
+// is over. Where the log survives its server, that is a fault.
+func (s *Session) Invalidated(how string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.ended {
+		return
+	}
+	s.ended = true
+	if s.a.durable {
+		s.invalidated++
+		s.problem("session %s was lost at number %d: %s", s.name, s.pos, how)
+	}
 }
 
 // Told says that a frame without a number of its own came: it repeats the session's number.
@@ -209,4 +230,5 @@ func (s *Session) count(v *Verdict) {
 	v.Doubled += s.doubled
 	v.Reordered += s.reordered
 	v.Corrupted += s.corrupted
+	v.Invalidated += s.invalidated
 }

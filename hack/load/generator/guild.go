@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"bytes"
@@ -95,19 +95,26 @@ func passing(err error) bool {
 		return true // no answer: the connection broke
 	}
 	switch status.status {
-	case http.StatusRequestTimeout, http.StatusTooEarly, http.StatusTooManyRequests:
+	case http.StatusRequestTimeout, http.StatusTooManyRequests:
 		return true
 	}
 	return status.status >= 500
 }
 
-// call does a REST call. Neither body nor answer need be given.
+// refused says that the server answered and has surely done nothing.
+func refused(err error) bool {
+	var status *statusError
+	return errors.As(err, &status) && status.status >= 500
+}
+
+// call does a REST call, once. Neither body nor answer need be given.
 func (g *guild) call(ctx context.Context, method, path, token, idempotencyKey string, body []byte, answer any) error {
 	req, err := http.NewRequestWithContext(ctx, method, g.rest+path, bytes.NewReader(body))
 	if err != nil {
 		return err
 	}
 	req.Header.Set("Authorization", "Bot "+token)
+	req.GetBody = nil // the transport is not to send it again by itself: what was answered 5xx might then be in the log
 	if body != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}

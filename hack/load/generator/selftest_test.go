@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"bytes"
@@ -27,7 +27,7 @@ type outcome struct {
 	status int
 	stdout string
 	stderr string
-	report report
+	report Report
 }
 
 func tokenFile(t *testing.T, token string) string {
@@ -43,14 +43,14 @@ func tokenFile(t *testing.T, token string) string {
 func runLoad(t *testing.T, ctx context.Context, args ...string) outcome { //nolint:revive // t comes first in tests
 	t.Helper()
 	var stdout, stderr bytes.Buffer
-	status := command(ctx, append([]string{"run"}, args...), &stdout, &stderr, false)
+	status := Command(ctx, append([]string{"run"}, args...), &stdout, &stderr, false)
 	o := outcome{status: status, stdout: stdout.String(), stderr: stderr.String()}
 	o.report = lastLine(t, o.stdout)
 	t.Logf("%d: %s%s", status, o.stdout, o.stderr)
 	return o
 }
 
-func lastLine(t *testing.T, stdout string) (r report) {
+func lastLine(t *testing.T, stdout string) (r Report) {
 	t.Helper()
 	lines := strings.Split(strings.TrimSuffix(stdout, "\n"), "\n")
 	d := json.NewDecoder(strings.NewReader(lines[len(lines)-1]))
@@ -66,14 +66,14 @@ func lastLine(t *testing.T, stdout string) (r report) {
 func TestFaults(t *testing.T) {
 	for _, test := range []struct {
 		fault fault
-		count func(r report) uint64
+		count func(r Report) uint64
 	}{
 		{faultNone, nil},
-		{faultDrop, func(r report) uint64 { return r.Lost }},
-		{faultDouble, func(r report) uint64 { return r.Doubled }},
-		{faultSwap, func(r report) uint64 { return r.Reordered }},
-		{faultCorrupt, func(r report) uint64 { return r.Corrupted }},
-		{faultNumber, func(r report) uint64 { return r.Reordered + r.Doubled }},
+		{faultDrop, func(r Report) uint64 { return r.Lost }},
+		{faultDouble, func(r Report) uint64 { return r.Doubled }},
+		{faultSwap, func(r Report) uint64 { return r.Reordered }},
+		{faultCorrupt, func(r Report) uint64 { return r.Corrupted }},
+		{faultNumber, func(r Report) uint64 { return r.Reordered + r.Doubled }},
 	} {
 		t.Run(string(test.fault), func(t *testing.T) {
 			s := newServer(t, test.fault)
@@ -111,7 +111,7 @@ func TestFaults(t *testing.T) {
 				t.Errorf("stderr lacks the problems: %s", o.stderr)
 			}
 			// Each fault is counted, and counted once.
-			want := report{}
+			want := Report{}
 			switch n := uint64(s.faults); test.fault { //nolint:gosec // not negative
 			case faultDrop:
 				want.Lost = n
@@ -124,7 +124,7 @@ func TestFaults(t *testing.T) {
 			default:
 				return
 			}
-			got := report{Lost: r.Lost, Doubled: r.Doubled, Reordered: r.Reordered, Corrupted: r.Corrupted}
+			got := Report{Lost: r.Lost, Doubled: r.Doubled, Reordered: r.Reordered, Corrupted: r.Corrupted}
 			if diff := cmp.Diff(want, got); diff != "" {
 				t.Errorf("counts (-faults +report):\n%s", diff)
 			}
@@ -146,6 +146,51 @@ func TestRough(t *testing.T) {
 	defer s.mu.Unlock()
 	if s.beats == 0 {
 		t.Error("no heartbeats")
+	}
+}
+
+// TestCrashes has a server that crashes now and then, in the middle of a request: the audit is clean when
+// nothing is forgotten, and sees each kind of thing that is.
+func TestCrashes(t *testing.T) {
+	for _, test := range []struct {
+		fault fault
+		args  []string
+		found func(r Report) bool
+	}{
+		{faultNone, []string{"--durable"}, nil},
+		{faultNone, []string{"--durable", "--again", "0.2", "--abandon", "1"}, nil},
+		{faultSessions, nil, nil}, // as with a log in memory
+		{faultSessions, []string{"--durable"}, func(r Report) bool { return r.Invalidated > 0 && r.Reidentified >= r.Invalidated }},
+		{faultTail, []string{"--durable"}, func(r Report) bool { return r.Invalidated > 0 && r.Reordered > 0 && r.Lost > 0 }},
+		{faultKeys, []string{"--durable"}, func(r Report) bool { return r.Doubled > 0 }},
+		{faultRefused, []string{"--abandon", "1"}, func(r Report) bool { return r.Refuted > 0 && r.Reordered+r.Doubled+r.Lost == 0 }},
+		{faultAnswer, []string{"--again", "1"}, func(r Report) bool { return r.Reordered > 0 }},
+	} {
+		t.Run(strings.Join(append([]string{string(test.fault)}, test.args...), " "), func(t *testing.T) {
+			s := newServer(t, test.fault)
+			if test.fault != faultRefused && test.fault != faultAnswer {
+				s.crash = 200
+			}
+			o := runLoad(t, t.Context(), append([]string{
+				"--url", s.url(), "--token-file", tokenFile(t, "good"), "--sessions", "10", "--events", "1000", "--publishers", "4", "--settle", "1s",
+			}, test.args...)...)
+			r := o.report
+			if test.fault != faultNone && s.faults == 0 {
+				t.Fatal("the server made no fault")
+			}
+			if test.found != nil {
+				if o.status != exitFailed || r.Audit != AuditFailed || !test.found(r) || len(r.Problems) == 0 {
+					t.Errorf("status %d, report %+v", o.status, r)
+				}
+				return
+			}
+			if o.status != exitClean || r.Audit != AuditClean || len(r.Problems) > 0 || r.Events != 1000 {
+				t.Errorf("status %d, report %+v", o.status, r)
+			}
+			if test.fault == faultNone && (r.Reidentified > 0 || r.Resumed == 0 || r.ResumeP50 <= 0 || r.ResumeP99 < r.ResumeP50) {
+				t.Errorf("sessions were not resumed: %+v", r)
+			}
+		})
 	}
 }
 
@@ -200,7 +245,7 @@ func TestHold(t *testing.T) {
 		s.mu.Unlock()
 		cancel()
 	}}
-	status := command(ctx, []string{"run", "--url", s.url(), "--token-file", tokenFile(t, "good"), "--sessions", "3", "--events", "10", "--hold"}, stdout, &bytes.Buffer{}, true)
+	status := Command(ctx, []string{"run", "--url", s.url(), "--token-file", tokenFile(t, "good"), "--sessions", "3", "--events", "10", "--hold"}, stdout, &bytes.Buffer{}, true)
 	if r := lastLine(t, stdout.b.String()); status != exitClean || r.Audit != "clean" || held != 3 {
 		t.Errorf("status %d, %d held, report %+v", status, held, r)
 	}
@@ -253,7 +298,7 @@ func TestErrors(t *testing.T) {
 
 // TestReportLine holds on to the names in the report.
 func TestReportLine(t *testing.T) {
-	b, err := json.Marshal(report{})
+	b, err := json.Marshal(Report{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -262,8 +307,8 @@ func TestReportLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"audit", "connect_seconds", "corrupted", "cpu_seconds", "deliveries", "doubled", "events", "lost", "p50_ms", "p99_ms",
-		"reidentified", "reordered", "resumed", "seconds", "sessions",
+		"audit", "connect_seconds", "corrupted", "cpu_seconds", "deliveries", "doubled", "events", "invalidated", "lost", "p50_ms", "p99_ms",
+		"refuted", "reidentified", "reordered", "resume_p50_ms", "resume_p99_ms", "resumed", "seconds", "sessions",
 	}
 	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(fields))); diff != "" {
 		t.Errorf("fields (-want +got):\n%s", diff)
@@ -271,7 +316,7 @@ func TestReportLine(t *testing.T) {
 }
 
 func TestTokenCommand(t *testing.T) {
-	source, err := (&tokenFlags{command: `echo "$LOAD_USER.$LOAD_NAME.$LOAD_PUBLISH"`}).source(t.Context())
+	source, err := (&Tokens{Command: `echo "$LOAD_USER.$LOAD_NAME.$LOAD_PUBLISH"`}).source(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -290,7 +335,7 @@ func TestWatchAndPublish(t *testing.T) {
 		wait.Go(func() {
 			var stdout, stderr bytes.Buffer
 			for range 2 { // the snapshot may have the first one
-				sent.status = command(t.Context(), []string{"publish", "--url", s.url(), "hello", "there"}, &stdout, &stderr, false)
+				sent.status = Command(t.Context(), []string{"publish", "--url", s.url(), "hello", "there"}, &stdout, &stderr, false)
 			}
 			sent.stdout, sent.stderr = stdout.String(), stderr.String()
 		})
@@ -298,7 +343,7 @@ func TestWatchAndPublish(t *testing.T) {
 	var stderr bytes.Buffer
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
-	status := command(ctx, []string{"watch", "--url", s.url(), "--count", "1", "--width", "60"}, watched, &stderr, false)
+	status := Command(ctx, []string{"watch", "--url", s.url(), "--count", "1", "--width", "60"}, watched, &stderr, false)
 	wait.Wait()
 	lines := strings.Split(watched.b.String(), "\n")
 	if status != 0 || len(lines) != 4 || !strings.HasPrefix(lines[0], "s=1 READY {") || !strings.HasPrefix(lines[1], "s=") ||
@@ -309,7 +354,7 @@ func TestWatchAndPublish(t *testing.T) {
 		t.Errorf("publish: %+v", sent)
 	}
 	for _, args := range [][]string{{}, {"x"}, {"publish", "--url", s.url()}, {"watch", "--url", s.url(), "--token", "bad"}} {
-		if status := command(t.Context(), args, &bytes.Buffer{}, &bytes.Buffer{}, false); status != exitUsage {
+		if status := Command(t.Context(), args, &bytes.Buffer{}, &bytes.Buffer{}, false); status != exitUsage {
 			t.Errorf("%q: status %d", args, status)
 		}
 	}

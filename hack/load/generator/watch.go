@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"bytes"
@@ -20,7 +20,7 @@ import (
 // refuse ends a run that cannot begin: its report says why.
 func refuse(stdout, stderr io.Writer, why string) int {
 	fmt.Fprintf(stderr, "error: %s\n", why)
-	line, err := json.Marshal(report{Audit: auditFailed, Error: why})
+	line, err := json.Marshal(Report{Audit: AuditFailed, Error: why})
 	if err == nil {
 		fmt.Fprintf(stdout, "%s\n", line)
 	}
@@ -36,7 +36,7 @@ func complain(stderr io.Writer, err error) int {
 type single struct {
 	url, guild string
 	insecure   bool
-	tokens     tokenFlags
+	tokens     Tokens
 	user       uint64
 	name       string
 }

@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"context"
@@ -58,10 +58,13 @@ type client struct {
 	// Of the reading goroutine.
 	id        string // of the session; "" when there is none
 	resumeURL string
-	failed    int  // dials in a row that did not succeed
-	wasLive   bool // it has been live at some time
-	came      bool // this connection came into a session
-	out       bool // the guild is unavailable
+	failed    int       // dials in a row that did not succeed
+	wasLive   bool      // it has been live at some time
+	came      bool      // this connection came into a session
+	out       bool      // the guild is unavailable
+	since     uint64    // acknowledged when the client last identified
+	dialed    time.Time // when this connection was made
+	lost      time.Time // when the session that is to resume lost its connection; zero: it has one
 
 	session atomic.Pointer[audit.Session]
 	seq     atomic.Uint64 // last number
@@ -104,7 +107,7 @@ func (c *client) connect(ctx context.Context) (live bool, err error) {
 		c.failed++
 		return false, err
 	}
-	c.failed = 0
+	c.failed, c.dialed = 0, time.Now()
 	defer stop()
 	conn.SetReadLimit(maxMessage)
 	c.mu.Lock()
@@ -114,6 +117,12 @@ func (c *client) connect(ctx context.Context) (live bool, err error) {
 	defer func() {
 		live = c.came
 		c.dead()
+		if c.came && c.lost.IsZero() {
+			c.lost = time.Now()
+			if at := c.swarm.disturbed.Load(); at != nil && at.After(c.dialed) {
+				c.lost = *at // what was still to be read does not count
+			}
+		}
 		c.mu.Lock()
 		c.conn = nil
 		c.mu.Unlock()
@@ -125,7 +134,7 @@ func (c *client) connect(ctx context.Context) (live bool, err error) {
 		case 4004, 4010, 4011, 4012, 4013, 4014:
 			return false, &fatalError{err}
 		case 4003, 4005, 4007, 4009:
-			c.forget()
+			c.forget(closed.Error())
 		}
 	}
 	return false, err
@@ -263,7 +272,7 @@ func (c *client) control(ctx context.Context, conn *websocket.Conn, f frame.Fram
 		return errors.New("asked to reconnect")
 	case opInvalidSession:
 		if string(f.Data) != "true" {
-			c.forget()
+			c.forget("op 9")
 		}
 		wait := 100*time.Millisecond + rand.N(900*time.Millisecond) //nolint:gosec // only jitter
 		if err := sleep(ctx, wait); err != nil {
@@ -274,15 +283,15 @@ func (c *client) control(ctx context.Context, conn *websocket.Conn, f frame.Fram
 	return nil
 }
 
-// forget ends the session: the next one begins anew.
-func (c *client) forget() {
+// forget ends the session that the server does not know any more: the next one begins anew.
+func (c *client) forget(how string) {
 	c.dead()
 	if c.id == "" {
 		return
 	}
 	c.id = ""
 	if s := c.session.Load(); s != nil {
-		s.End()
+		s.Invalidated(how)
 	}
 }
 
@@ -297,6 +306,7 @@ func (c *client) authenticate(conn *websocket.Conn) error {
 			"token": c.token, "session_id": c.id, "seq": c.seq.Load(),
 		}}
 	} else {
+		c.since = c.swarm.auditor.Last()
 		message = map[string]any{"op": opIdentify, "d": map[string]any{
 			"token": c.token, "intents": c.swarm.intents,
 			"properties": map[string]string{"os": "linux", "browser": "guildhall-load", "device": "guildhall-load"},
@@ -396,13 +406,16 @@ func (c *client) dispatch(f frame.Frame) error {
 		c.swarm.resumed.Add(1)
 		s.Told(f.S)
 		if _, begun := s.Position(); begun && !c.out {
+			if !c.lost.IsZero() {
+				c.swarm.away.add(c.index, time.Since(c.lost))
+			}
 			c.alive()
 		}
 	case "GUILD_CREATE":
 		c.guildCreate(s, f)
 	case "GUILD_DELETE":
 		c.dead()
-		s.End()
+		s.Invalidated("GUILD_DELETE")
 		if !unavailable(f.Data) {
 			return &fatalError{errors.New("GUILD_DELETE: no longer a member, or the guild is gone")}
 		}
@@ -440,12 +453,12 @@ func (c *client) ready(f frame.Frame) error {
 		return fmt.Errorf("unreadable READY %.100s", f.Data)
 	}
 	if old := c.session.Load(); old != nil {
-		old.End()
+		old.Invalidated("READY of another")
 		c.swarm.reidentified.Add(1)
 	}
 	c.id, c.resumeURL, c.out = ready.SessionID, ready.ResumeURL, false
 	c.seq.Store(f.S)
-	s := c.swarm.auditor.Session(c.name, "")
+	s := c.swarm.auditor.Session(c.name, "", c.since)
 	s.Told(f.S)
 	c.session.Store(s)
 	return nil
@@ -459,7 +472,7 @@ func (c *client) guildCreate(s *audit.Session, f frame.Frame) {
 	_, begun := s.Position()
 	switch {
 	case c.out: // the guild is back: its state replaces what was missed
-		s = c.swarm.auditor.Session(c.name, "")
+		s = c.swarm.auditor.Session(c.name, "", 0)
 		c.session.Store(s)
 		c.out = false
 		s.Snapshot(f.S)
@@ -481,7 +494,7 @@ func (c *client) guildCreate(s *audit.Session, f frame.Frame) {
 }
 
 func (c *client) alive() {
-	c.wasLive, c.came = true, true
+	c.wasLive, c.came, c.lost = true, true, time.Time{}
 	if !c.live.Swap(true) {
 		c.swarm.live.Add(1)
 		c.swarm.changed()

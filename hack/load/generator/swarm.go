@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"context"
@@ -37,7 +37,9 @@ type swarm struct {
 	clients []*client
 
 	latency      histogram
-	live         atomic.Int64 // clients in a session that has its snapshot
+	away         histogram                 // from the loss of a session's connection to its RESUMED
+	disturbed    atomic.Pointer[time.Time] // the latest disturbance; nil: none
+	live         atomic.Int64              // clients in a session that has its snapshot
 	resumed      atomic.Uint64
 	reidentified atomic.Uint64
 	channel      atomic.Pointer[string] // first text channel; nil until a GUILD_CREATE came

@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"bytes"
@@ -28,6 +28,14 @@ const (
 	faultSwap    fault = "swap"
 	faultCorrupt fault = "corrupt"
 	faultNumber  fault = "wrong number on resume" // once per resume
+
+	// Faults at a crash.
+	faultSessions fault = "sessions forgotten"
+	faultTail     fault = "end of the log forgotten"
+	faultKeys     fault = "idempotency keys forgotten"
+	// Faults of answers, once in a hundred requests.
+	faultRefused fault = "refused, but appended"
+	faultAnswer  fault = "another number for the same key"
 )
 
 // server is a small guild: one log, sessions that are positions in it, REST.
@@ -37,6 +45,7 @@ type server struct {
 	fault fault
 	rough bool // asks to reconnect, invalidates sessions, breaks REST connections; all within the protocol
 	quick bool // asks for quick heartbeats
+	crash int  // after so many requests it crashes each time; 0: never
 
 	mu         sync.Mutex
 	grown      *sync.Cond
@@ -174,7 +183,21 @@ func (s *server) events(w http.ResponseWriter, r *http.Request) {
 		numbers = s.append(single.T, bodies...)
 		s.answers[key] = numbers
 	}
+	if ok && s.fault == faultAnswer && s.requests%100 == 0 {
+		numbers = []uint64{numbers[0] + 1}
+		s.faults++
+	}
+	if !ok && s.fault == faultRefused && s.requests%100 == 0 {
+		s.faults++
+		s.mu.Unlock()
+		http.Error(w, "not now", http.StatusServiceUnavailable)
+		return
+	}
 	broken := s.rough && s.requests%41 == 0
+	if s.crash > 0 && s.requests%s.crash == 0 {
+		s.crashed()
+		broken = true
+	}
 	s.mu.Unlock()
 	if broken {
 		panic(http.ErrAbortHandler)
@@ -190,6 +213,25 @@ func (s *server) events(w http.ResponseWriter, r *http.Request) {
 	if err := json.NewEncoder(w).Encode(answer); err != nil {
 		s.t.Error(err)
 	}
+}
+
+// crashed is what a crash leaves: no connections, and no more than the fault allows. s.mu is held.
+func (s *server) crashed() {
+	for p := range s.conns {
+		p.conn.Close()
+	}
+	switch s.fault {
+	case faultSessions:
+		clear(s.bases)
+	case faultTail:
+		s.log = s.log[:len(s.log)-5]
+		s.number = s.log[len(s.log)-1].number
+	case faultKeys:
+		clear(s.answers)
+	default:
+		return
+	}
+	s.faults++
 }
 
 func (s *server) messages(w http.ResponseWriter, r *http.Request) {
@@ -294,6 +336,9 @@ func (s *server) session(p *peer) bool {
 	switch {
 	case in.Op == 6 && !known:
 		return true
+	case in.Op == 6 && in.D.Seq > s.number:
+		_ = p.conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(4007, "no"), time.Now().Add(time.Second))
+		return false
 	case in.Op == 6 && in.D.Seq >= base:
 		position = in.D.Seq
 		cursor = 0

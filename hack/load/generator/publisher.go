@@ -1,8 +1,9 @@
-package main
+package generator
 
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -10,6 +11,9 @@ import (
 
 	"guildhall.dev/guildhall/hack/load/audit"
 )
+
+// kept is how many of its answered requests a publisher remembers, to send them again.
+const kept = 32
 
 // publisher publishes its share of the events, one request after the other.
 type publisher struct {
@@ -20,12 +24,25 @@ type publisher struct {
 	total    int // events of all publishers
 	batch    int
 	rate     float64 // events per second of all publishers; 0: as fast as it goes
+	again    float64 // share of requests after which an earlier one is sent again
+	abandon  float64 // share of refused requests that are given up
 	run      uint32
 	token    string
 	event    string
 	channel  string
 	size     int
+	finish   <-chan struct{} // closed when no further events are to be published
 	answered func(events int)
+	status   func(code int) // told of each answer that is an error
+
+	earlier []*request
+}
+
+// request is a publication: the same bytes, however often it is sent.
+type request struct {
+	key    string
+	body   []byte
+	events []audit.Event
 }
 
 type publishEvent struct {
@@ -45,19 +62,24 @@ type publishAnswer struct {
 }
 
 // publish sends the publisher's events, which are those of every of-th batch. It comes back early only with
-// an error.
+// an error, or when it is to finish.
 func (p *publisher) publish(ctx context.Context, start time.Time) error {
 	count := uint32(0)
 	for first := p.number * p.batch; first < p.total; first += p.of * p.batch {
 		size := min(p.batch, p.total-first)
+		var due time.Duration
 		if p.rate > 0 {
-			due := start.Add(time.Duration(float64(first) / p.rate * float64(time.Second)))
-			if err := sleep(ctx, time.Until(due)); err != nil {
-				return err
-			}
+			due = time.Until(start.Add(time.Duration(float64(first) / p.rate * float64(time.Second))))
 		}
-		if err := p.send(ctx, count, size); err != nil {
-			return err
+		select {
+		case <-p.finish:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(due):
+		}
+		if err := p.next(ctx, count, size); err != nil {
+			return fmt.Errorf("publishing: %w", err)
 		}
 		count += uint32(size) //nolint:gosec // at most batch
 		p.answered(size)
@@ -65,62 +87,92 @@ func (p *publisher) publish(ctx context.Context, start time.Time) error {
 	return nil
 }
 
-// send publishes size events from count on, as often as it takes.
-func (p *publisher) send(ctx context.Context, count uint32, size int) error {
-	batch := publishBatch{Events: make([]publishEvent, size)}
-	keys := make([]audit.Event, size)
-	for i := range keys {
-		e := audit.Event{Publisher: uint32(p.number), Count: count + uint32(i)} //nolint:gosec // small
-		keys[i] = e
-		p.auditor.Publish(e)
-		batch.Events[i] = publishEvent{T: p.event, D: p.message(e, time.Now())}
-	}
-	var body []byte
-	var err error
-	if size == 1 {
-		body, err = json.Marshal(batch.Events[0])
-	} else {
-		body, err = json.Marshal(batch)
-	}
+// next publishes size events from count on, and maybe earlier ones once more.
+func (p *publisher) next(ctx context.Context, count uint32, size int) error {
+	r, err := p.request(count, size)
 	if err != nil {
 		return err
 	}
-	key := fmt.Sprintf("load-%08x-%d-%d", p.run, p.number, count)
+	if answered, err := p.send(ctx, r, p.abandon); !answered || p.again == 0 {
+		return err
+	}
+	if len(p.earlier) < kept {
+		p.earlier = append(p.earlier, r)
+	} else if i := rand.IntN(4 * kept); i < kept { //nolint:gosec // any will do
+		p.earlier[i] = r // some stay for long
+	}
+	if rand.Float64() >= p.again { //nolint:gosec // any will do
+		return nil
+	}
+	_, err = p.send(ctx, p.earlier[rand.IntN(len(p.earlier))], 0) //nolint:gosec // any will do
+	return err
+}
+
+// request makes the request for size events from count on.
+func (p *publisher) request(count uint32, size int) (r *request, err error) {
+	r = &request{key: fmt.Sprintf("load-%08x-%d-%d", p.run, p.number, count), events: make([]audit.Event, size)}
+	batch := publishBatch{Events: make([]publishEvent, size)}
+	for i := range r.events {
+		e := audit.Event{Publisher: uint32(p.number), Count: count + uint32(i)} //nolint:gosec // small
+		r.events[i] = e
+		p.auditor.Publish(e)
+		batch.Events[i] = publishEvent{T: p.event, D: p.message(e, time.Now())}
+	}
+	if size == 1 {
+		r.body, err = json.Marshal(batch.Events[0])
+	} else {
+		r.body, err = json.Marshal(batch)
+	}
+	return r, err
+}
+
+// send sends a request until it is carried out. With the probability abandon it gives one up, and returns false,
+// that was refused by every answer so far.
+func (p *publisher) send(ctx context.Context, r *request, abandon float64) (answered bool, err error) {
 	var answer publishAnswer
+	unsure := false // an attempt may have been carried out
 	for attempt := 0; ; attempt++ {
 		answer = publishAnswer{}
-		err = p.guild.call(ctx, http.MethodPost, "/guilds/"+p.guild.id+"/events", p.token, key, body, &answer)
+		err := p.guild.call(ctx, http.MethodPost, "/guilds/"+p.guild.id+"/events", p.token, r.key, r.body, &answer)
 		if err == nil {
 			break
 		}
 		if ctx.Err() != nil {
-			return ctx.Err()
+			return false, ctx.Err()
 		}
 		if !passing(err) {
-			return fmt.Errorf("publishing: %w", err)
+			return false, err
 		}
 		wait := backoff(attempt)
-		if status, ok := err.(*statusError); ok { //nolint:errorlint // call does not wrap it
+		if status, ok := errors.AsType[*statusError](err); ok {
+			p.status(status.status)
 			wait = max(wait, status.after)
 		}
+		unsure = unsure || !refused(err)
+		if !unsure && rand.Float64() < abandon { //nolint:gosec // any will do
+			for _, e := range r.events {
+				p.auditor.Refuse(e)
+			}
+			return false, nil
+		}
 		if sleep(ctx, wait) != nil {
-			return fmt.Errorf("publishing: %w", err)
+			return false, err
 		}
 	}
-	numbers := make([]uint64, 0, size)
+	numbers := make([]uint64, 0, len(r.events))
 	for _, e := range answer.Events {
 		numbers = append(numbers, e.S)
 	}
-	if len(numbers) == 0 && size == 1 {
+	if len(numbers) == 0 && len(r.events) == 1 {
 		numbers = append(numbers, answer.S)
 	}
-	if len(numbers) != size {
-		return fmt.Errorf("publishing: the answer has %d numbers for %d events", len(numbers), size)
+	if len(numbers) != len(r.events) {
+		return false, fmt.Errorf("the answer has %d numbers for %d events", len(numbers), len(r.events))
 	}
-	for i, e := range keys {
+	for i, e := range r.events {
 		p.auditor.Acknowledge(e, numbers[i])
 	}
-	return nil
+	return true, nil
 }
 
 // message is the body of an event: a message object with our content.

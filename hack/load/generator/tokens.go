@@ -1,4 +1,4 @@
-package main
+package generator
 
 import (
 	"bytes"
@@ -20,54 +20,54 @@ import (
 // tokenSource makes the token of a user.
 type tokenSource func(ctx context.Context, user uint64, name string, publish bool) (string, error)
 
-// tokenFlags say where tokens come from; at most one is to be set, and without any it is the environment.
-type tokenFlags struct {
-	token      string
-	file       string
-	command    string
-	keysDir    string
-	keysSecret string
-	kubeconfig string
+// Tokens say where tokens come from; at most one is to be set, and without any it is the environment.
+type Tokens struct {
+	Token      string
+	File       string // with tokens, one a line
+	Command    string // for the shell; prints a token
+	KeysDir    string // directory of a key set
+	KeysSecret string // NAMESPACE/NAME of a Secret with a key set
+	Kubeconfig string
 }
 
-func (t *tokenFlags) source(ctx context.Context) (tokenSource, error) {
+func (t *Tokens) source(ctx context.Context) (tokenSource, error) {
 	set := 0
-	for _, s := range []string{t.token, t.file, t.command, t.keysDir, t.keysSecret} {
+	for _, s := range []string{t.Token, t.File, t.Command, t.KeysDir, t.KeysSecret} {
 		if s != "" {
 			set++
 		}
 	}
 	if set == 0 {
-		t.token = os.Getenv("GUILDHALL_TOKEN")
+		t.Token = os.Getenv("GUILDHALL_TOKEN")
 	}
-	if set > 1 || set == 0 && t.token == "" {
+	if set > 1 || set == 0 && t.Token == "" {
 		return nil, errors.New("give one of --token, --token-file, --token-command, --keys-dir, --keys-secret")
 	}
 	switch {
-	case t.token != "":
-		return listed([]string{t.token}), nil
-	case t.file != "":
-		b, err := os.ReadFile(t.file)
+	case t.Token != "":
+		return listed([]string{t.Token}), nil
+	case t.File != "":
+		b, err := os.ReadFile(t.File)
 		if err != nil {
 			return nil, err
 		}
 		tokens := strings.Fields(string(b))
 		if len(tokens) == 0 {
-			return nil, fmt.Errorf("%s has no token", t.file)
+			return nil, fmt.Errorf("%s has no token", t.File)
 		}
 		return listed(tokens), nil
-	case t.command != "":
+	case t.Command != "":
 		return func(ctx context.Context, user uint64, name string, publish bool) (string, error) {
-			return fromCommand(ctx, t.command, user, name, publish)
+			return fromCommand(ctx, t.Command, user, name, publish)
 		}, nil
-	case t.keysDir != "":
-		keys, err := token.LoadKeys(t.keysDir)
+	case t.KeysDir != "":
+		keys, err := token.LoadKeys(t.KeysDir)
 		if err != nil {
 			return nil, err
 		}
 		return issued(keys), nil
 	default:
-		keys, err := keysFromSecret(ctx, t.kubeconfig, t.keysSecret)
+		keys, err := keysFromSecret(ctx, t.Kubeconfig, t.KeysSecret)
 		if err != nil {
 			return nil, err
 		}
