@@ -31,6 +31,9 @@ import (
 // version is set by the linker: -X main.version=...
 var version = "dev"
 
+// leaseName is that of the leader election's lease.
+const leaseName = "guildhall.dev"
+
 // settings are the command line's.
 type settings struct {
 	shardImage     string
@@ -126,7 +129,7 @@ func run(ctx context.Context, s settings) error {
 	if err != nil {
 		return fmt.Errorf("making the manager: %w", err)
 	}
-	if err := controllers.Setup(ctx, mgr, controllers.Options{ShardImage: s.shardImage, Namespace: s.namespace}); err != nil {
+	if err := controllers.Setup(ctx, mgr, operatorOptions(s)); err != nil {
 		return fmt.Errorf("setting up the controllers: %w", err)
 	}
 	if err := errors.Join(
@@ -138,13 +141,21 @@ func run(ctx context.Context, s settings) error {
 	return mgr.Start(ctx)
 }
 
+func operatorOptions(s settings) controllers.Options {
+	o := controllers.Options{ShardImage: s.shardImage, Namespace: s.namespace}
+	if s.leaderElect {
+		o.Lease = leaseName
+	}
+	return o
+}
+
 func managerOptions(s settings, scheme *runtime.Scheme, config *rest.Config) ctrl.Options {
 	o := ctrl.Options{
 		Scheme:                  scheme,
 		Cache:                   controllers.CacheOptions(),
 		HealthProbeBindAddress:  s.probeAddress,
 		LeaderElection:          s.leaderElect,
-		LeaderElectionID:        "guildhall.dev",
+		LeaderElectionID:        leaseName,
 		LeaderElectionNamespace: s.namespace,
 		// Its own client: however busy the controllers are, the lease is renewed.
 		LeaderElectionConfig: rest.CopyConfig(config),

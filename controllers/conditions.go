@@ -16,14 +16,15 @@ const (
 	condDurable     = "Durable"
 	condSchedulable = "Schedulable"
 	condUpToDate    = "UpToDate"
+	condBalanced    = "Balanced"
+	condProgressing = "Progressing"
 )
 
 // Reasons of conditions and events.
 const (
-	reasonAccepted      = "Accepted"
-	reasonRejected      = "Rejected"
-	reasonRelaysIgnored = "RelaysIgnored"
-	reasonPlaced        = "Placed"
+	reasonAccepted = "Accepted"
+	reasonRejected = "Rejected"
+	reasonPlaced   = "Placed"
 
 	reasonServing             = "Serving"
 	reasonIDConflict          = "IDConflict"
@@ -62,6 +63,17 @@ const (
 	reasonRollingOut    = "RollingOut"
 	reasonWaitingToRoll = "WaitingToRollOut"
 	reasonNotMade       = "NotMade"
+
+	reasonNoRelays         = "NoRelays"
+	reasonSteady           = "Steady"
+	reasonScalingUp        = "ScalingUp"
+	reasonScalingDown      = "ScalingDown"
+	reasonWaitingForRelays = "WaitingForRelays"
+	reasonQuotaExceeded    = "QuotaExceeded"
+	reasonShardWithoutLink = "ShardWithoutLink"
+	reasonBalanced         = "Balanced"
+	reasonMoving           = "Moving"
+	reasonUneven           = "Uneven"
 )
 
 // maxMessage bounds messages: they come from the kubelet and from shards, too.

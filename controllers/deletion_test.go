@@ -43,13 +43,27 @@ func (b *bench) guilds() *guildReconciler {
 		placements: &placementReconciler{ledgers: map[string]*ledger{}, clock: b.clock},
 		hurry:      func(types.NamespacedName) { b.hurried++ },
 		deleting:   map[types.NamespacedName]sighting{},
+		relays: &relays{
+			applier: b.objects(), certs: b.certs(), inventory: b.inventory, clock: b.clock, recorder: events.NewFakeRecorder(100),
+			budget: &moveBudget{asks: map[string]map[types.UID]float64{}}, states: map[types.UID]*relayState{},
+			orders: &orderDesk{term: new(leaderTerm)},
+		},
+	}
+}
+
+func (b *bench) objects() applier { return applier{Client: b.client, live: b.client} }
+
+func (b *bench) certs() *linkCerts {
+	return &linkCerts{
+		applier: b.objects(), clock: b.clock,
+		authorities: map[string]authority{}, checked: map[types.NamespacedName]time.Time{},
 	}
 }
 
 func (b *bench) shards() *shardReconciler {
 	return &shardReconciler{
-		applier: applier{Client: b.client, live: b.client}, clock: b.clock, recorder: events.NewFakeRecorder(100),
-		inventory: b.inventory, rollouts: rolloutSlots{slots: map[string]rolloutSlot{}},
+		applier: b.objects(), clock: b.clock, recorder: events.NewFakeRecorder(100),
+		certs: b.certs(), inventory: b.inventory, rollouts: rolloutSlots{slots: map[string]rolloutSlot{}},
 		figures: figureTimes{times: map[types.UID]figuresWritten{}},
 	}
 }

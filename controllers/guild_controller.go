@@ -45,6 +45,8 @@ type guildReconciler struct {
 	recorder   events.EventRecorder
 	// hurry has a shard polled soon.
 	hurry func(types.NamespacedName)
+	// relays looks after the guilds' relays.
+	relays *relays
 
 	mu sync.Mutex
 	// deleting has the time at which this process first saw a Guild being deleted.
@@ -92,9 +94,20 @@ func (r *guildReconciler) Reconcile(ctx context.Context, req ctrl.Request) (ctrl
 	if err != nil {
 		return ctrl.Result{}, err
 	}
+	var failed error
+	if d.placed() && view.shard != nil {
+		view.relays, failed = r.relays.pass(ctx, &view)
+	}
 	status, recheck := guildStatus(view)
-	err = r.writeStatus(ctx, guild, status)
-	return retryOnConflict(ctrl.Result{RequeueAfter: recheck}, err)
+	if p := view.relays; p != nil && p.planned {
+		recheck = soonest(recheck, p.wait)
+	}
+	if err := r.writeStatus(ctx, guild, status); err != nil {
+		return retryOnConflict(ctrl.Result{}, err)
+	}
+	// A round is in the status before its first order goes out.
+	r.relays.order(ctx, &view)
+	return ctrl.Result{RequeueAfter: recheck}, failed
 }
 
 // view collects what the status depends on.
@@ -115,6 +128,7 @@ func (r *guildReconciler) view(ctx context.Context, guild *v1.Guild, d decision)
 		return v, err
 	}
 	v.health = healthOf(pod)
+	v.linked = pod == nil || linked(pod)
 	v.reports = r.inventory.shard(key, d.shard.uid, v.now)
 	v.entry, v.reported = r.inventory.guild(key, d.shard.uid, guild.UID)
 	return v, nil

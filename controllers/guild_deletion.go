@@ -3,8 +3,10 @@ package controllers
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -26,6 +28,11 @@ func (r *guildReconciler) reconcileDeleted(ctx context.Context, guild *v1.Guild)
 	released, err := r.released(ctx, guild, seen)
 	if err != nil {
 		return ctrl.Result{}, err
+	}
+	if !slices.Contains(guild.Finalizers, metav1.FinalizerOrphanDependents) {
+		if err := r.relays.remove(ctx, guild, guild.Status.ID); err != nil && remaining > 0 {
+			return ctrl.Result{}, err
+		}
 	}
 	if !released && remaining > 0 {
 		// The poller wakes this reconciler when the report changes; a report without the guild

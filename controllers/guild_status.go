@@ -24,7 +24,11 @@ type guildView struct {
 	// entry is the guild in its shard's report.
 	entry    report.Guild
 	reported bool
-	now      time.Time
+	// linked: the shard's pod takes links of relays.
+	linked bool
+	// relays is what a pass over the guild's relays has found; nil when there was none.
+	relays *relayPass
+	now    time.Time
 }
 
 // guildStatus computes a Guild's status. recheck, when above 0, is the time after which counts
@@ -42,20 +46,15 @@ func guildStatus(v guildView) (status v1.GuildStatus, recheck time.Duration) {
 		status.Members, status.Online, status.Sessions, status.CountsObservedAt = nil, nil, nil, nil
 	case !stays:
 		status.Placement = &v1.GuildPlacementStatus{ShardName: d.shard.name, ShardUID: string(d.shard.uid)}
-		status.Mode = v1.GuildDirect
+		if status.Mode == "" {
+			status.Mode = v1.GuildDirect
+		}
 	}
 	if d.placed() && v.reported && v.entry.ID == d.id && v.entry.LogID != "" {
 		status.Placement.LogID, status.Placement.Epoch = v.entry.LogID, v.entry.Epoch
 	}
 	if d.placed() && v.shard != nil {
 		status.Gateway = &v1.GuildGatewayStatus{URL: v1.AddressesOf(v.guild, d.id, v.shard).Gateway}
-	}
-	status.Relays = nil
-	if d.id != "" {
-		status.Relays = &v1.GuildRelaysStatus{
-			Replicas: new(int32(0)),
-			Selector: fmt.Sprintf("%s=%s,%s=%s", labelGuild, d.id, labelComponent, componentRelay),
-		}
 	}
 	if v.serving() {
 		recheck = setCounts(&status, v.entry, v.now)
@@ -64,6 +63,7 @@ func guildStatus(v guildView) (status v1.GuildStatus, recheck time.Duration) {
 	w := conditionWriter{&status.Conditions, v.guild.Generation, v.now}
 	w.set(condAccepted, v.accepted())
 	w.set(condPlaced, v.placed())
+	recheck = soonest(recheck, v.setRelays(&status, w))
 	// What the leader before this one wrote stands until the shard has been asked.
 	unasked := stays && v.reports.freshness == awaited
 	if unasked && v.shard != nil && v.health.ready() {
@@ -94,20 +94,10 @@ func (v guildView) serving() bool {
 }
 
 func (v guildView) accepted() verdict {
-	switch {
-	case v.decision.reason == reasonIDConflict:
+	if v.decision.reason == reasonIDConflict {
 		return isFalse(reasonIDConflict, v.decision.message)
-	case asksForRelays(v.guild.Spec.Relays):
-		return isTrue(reasonRelaysIgnored, "this version serves every guild from its shard alone; spec.relays has no effect")
 	}
 	return isTrue(reasonAccepted, "")
-}
-
-// asksForRelays: the shard alone is what Auto without bounds, Manual with 0 and Disabled amount to here.
-func asksForRelays(r v1.GuildRelays) bool {
-	return r.Mode != v1.RelaysDisabled &&
-		(r.Replicas != nil && *r.Replicas > 0 || r.MinReplicas != nil && *r.MinReplicas > 0 ||
-			r.MaxReplicas > 0 || r.SessionsPerRelay > 0)
 }
 
 func (v guildView) placed() verdict {

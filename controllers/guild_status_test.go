@@ -28,6 +28,8 @@ func servingView() guildView {
 		reports:  shardView{freshness: fresh, complete: true},
 		entry:    report.Guild{ID: guildID, State: report.Serving, LogID: "log", Epoch: 2, Members: 1234, Online: 99, Sessions: 100},
 		reported: true,
+		linked:   true,
+		relays:   &relayPass{},
 		now:      noon,
 	}
 }
@@ -88,16 +90,6 @@ func TestGuildReadyReasons(t *testing.T) {
 			"!LogMissing", reasonPlaced, reasonAccepted, reasonReported,
 			"shard shard-a: no such log. To give that log up and start a new one, annotate the Guild: guildhall.dev/take-over=80",
 		},
-		"relays are asked for": {
-			func(v *guildView) {
-				v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysManual, Replicas: new(int32(3))}
-			},
-			reasonServing, reasonPlaced, reasonRelaysIgnored, reasonReported, "",
-		},
-		"relays are switched off": {
-			func(v *guildView) { v.guild.Spec.Relays = v1.GuildRelays{Mode: v1.RelaysDisabled, MaxReplicas: 4} },
-			reasonServing, reasonPlaced, reasonAccepted, reasonReported, "",
-		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			v := servingView()
@@ -132,7 +124,10 @@ func TestGuildStatusOfAServingGuild(t *testing.T) {
 		Online:           new(int64(99)),
 		Sessions:         new(int64(100)),
 		CountsObservedAt: new(metav1.NewTime(noon)),
-		Relays:           &v1.GuildRelaysStatus{Replicas: new(int32(0)), Selector: "guildhall.dev/guild=" + guildID + ",app.kubernetes.io/component=relay"},
+		Relays: &v1.GuildRelaysStatus{
+			Desired: new(int32(0)), Replicas: new(int32(0)), Ready: new(int32(0)), Updated: new(int32(0)), Draining: new(int32(0)),
+			Selector: "guildhall.dev/guild=" + guildID + ",app.kubernetes.io/component=relay",
+		},
 	}
 	if diff := cmp.Diff(want, status); diff != "" || recheck != 0 {
 		t.Errorf("status (-want +got), recheck %s:\n%s", recheck, diff)

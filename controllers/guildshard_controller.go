@@ -23,6 +23,7 @@ import (
 
 	v1 "guildhall.dev/guildhall/api/v1"
 	acv1 "guildhall.dev/guildhall/api/v1/applyconfiguration/api/v1"
+	"guildhall.dev/guildhall/shardserver/linkcert"
 )
 
 // foreignRetry is how soon a shard looks again whether somebody else's object is gone: the
@@ -39,6 +40,7 @@ type shardReconciler struct {
 	clock      clock.PassiveClock
 	recorder   events.EventRecorder
 	hurry      func(types.NamespacedName)
+	certs      *linkCerts
 
 	rollouts rolloutSlots
 	figures  figureTimes
@@ -96,6 +98,10 @@ func (r *shardReconciler) reconcileShard(ctx context.Context, shard *v1.GuildSha
 		func() (err error) {
 			if !common.ready {
 				return nil // a pod without its ServiceAccount and keys could not start
+			}
+			id := linkcert.Identity{Namespace: shard.Namespace, Shard: shard.Name}
+			if err := r.certs.ensure(ctx, shardLinkName(shard.Name), id, shardLabels(shard.Name), ownerOf(shard)); err != nil {
+				return err
 			}
 			sts, err = r.ensureStatefulSet(ctx, shard)
 			return err

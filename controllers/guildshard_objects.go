@@ -159,6 +159,7 @@ func (r *shardReconciler) removeOwned(ctx context.Context, shard *v1.GuildShard)
 	errs := []error{
 		r.remove(ctx, new(corev1.Service), key(podsSvcName(shard.Name)), shard.UID),
 		r.remove(ctx, new(corev1.Service), key(shard.Name), shard.UID),
+		r.certs.drop(ctx, key(shardLinkName(shard.Name)), shard.UID),
 	}
 	if storage := shard.Spec.Storage; storage != nil && storage.WhenDeleted == v1.DeletionDelete {
 		errs = append(errs, r.remove(ctx, new(corev1.PersistentVolumeClaim), key(claimName(shard.Name)), shard.UID))

@@ -54,12 +54,7 @@ func podTemplate(shard *v1.GuildShard, operatorImage string) (*accorev1.PodTempl
 		WithEnableServiceLinks(false).
 		WithTerminationGracePeriodSeconds(60).
 		WithContainers(container).
-		WithVolumes(accorev1.Volume().WithName("keys").
-			WithSecret(accorev1.SecretVolumeSource().WithSecretName(keysName)))
-	if name := tlsSecret(shard); name != "" {
-		spec.WithVolumes(accorev1.Volume().WithName("tls").
-			WithSecret(accorev1.SecretVolumeSource().WithSecretName(name)))
-	}
+		WithVolumes(secretVolumes(shard, shardLinkName(shard.Name))...)
 	if shard.Spec.Storage != nil {
 		spec.WithVolumes(accorev1.Volume().WithName("data").
 			WithPersistentVolumeClaim(accorev1.PersistentVolumeClaimVolumeSource().WithClaimName(claimName(shard.Name))))
@@ -73,6 +68,19 @@ func podTemplate(shard *v1.GuildShard, operatorImage string) (*accorev1.PodTempl
 	}
 	maps.Copy(labels, acceptingSelector(shardLabels(shard.Name)))
 	return accorev1.PodTemplateSpec().WithLabels(labels).WithAnnotations(t.Metadata.Annotations).WithSpec(spec), nil
+}
+
+// secretVolumes are those of shards and relays: the keys, the certificate of the link and, if there is one, that
+// for clients.
+func secretVolumes(shard *v1.GuildShard, link string) []*accorev1.VolumeApplyConfiguration {
+	volume := func(name, secret string) *accorev1.VolumeApplyConfiguration {
+		return accorev1.Volume().WithName(name).WithSecret(accorev1.SecretVolumeSource().WithSecretName(secret).WithOptional(false))
+	}
+	volumes := []*accorev1.VolumeApplyConfiguration{volume("keys", keysName), volume(portLink, link)}
+	if name := tlsSecret(shard); name != "" {
+		volumes = append(volumes, volume("tls", name))
+	}
+	return volumes
 }
 
 // shapePod adds what the user wishes of the pod.
@@ -98,7 +106,7 @@ func shapePod(spec *accorev1.PodSpecApplyConfiguration, t *v1.PodTemplate) error
 		SecurityContext           *corev1.PodSecurityContext        `json:"securityContext,omitempty"`
 	}{t.NodeSelector, t.Tolerations, t.Affinity, t.TopologySpreadConstraints, t.ImagePullSecrets, security})
 	if err != nil {
-		return fmt.Errorf("converting spec.template: %w", err)
+		return fmt.Errorf("converting the template of the spec: %w", err)
 	}
 	spec.NodeSelector = wished.NodeSelector
 	spec.Tolerations = wished.Tolerations
@@ -119,6 +127,27 @@ func shardContainer(shard *v1.GuildShard, t *v1.PodTemplate, image string) (*acc
 		"--shard-name=" + shard.Name,
 		"--shard-uid=" + string(shard.UID),
 		"--keys-dir=" + keysDir,
+		fmt.Sprintf("--link-listen=:%d", linkPort),
+		"--link-dir=" + linkDir,
+	}
+	if shard.Spec.Storage != nil {
+		args = append(args, "--data-dir="+dataDir)
+	}
+	c, err := serverContainer(shard, t, image, args)
+	if err != nil {
+		return nil, err
+	}
+	c.WithPorts(accorev1.ContainerPort().WithName(portLink).WithContainerPort(linkPort).WithProtocol(corev1.ProtocolTCP))
+	if shard.Spec.Storage != nil {
+		c.WithVolumeMounts(accorev1.VolumeMount().WithName("data").WithMountPath(dataDir))
+	}
+	return c, nil
+}
+
+// serverContainer is what the containers of shards and relays have in common.
+func serverContainer(shard *v1.GuildShard, t *v1.PodTemplate, image string, args []string) (*accorev1.ContainerApplyConfiguration, error) {
+	mount := func(name, dir string) *accorev1.VolumeMountApplyConfiguration {
+		return accorev1.VolumeMount().WithName(name).WithMountPath(dir).WithReadOnly(true)
 	}
 	c := accorev1.Container().
 		WithName(containerName).
@@ -128,7 +157,7 @@ func shardContainer(shard *v1.GuildShard, t *v1.PodTemplate, image string) (*acc
 			accorev1.ContainerPort().WithName(portWS).WithContainerPort(wsPort).WithProtocol(corev1.ProtocolTCP),
 			accorev1.ContainerPort().WithName(portAdmin).WithContainerPort(adminPort).WithProtocol(corev1.ProtocolTCP),
 		).
-		WithVolumeMounts(accorev1.VolumeMount().WithName("keys").WithMountPath(keysDir).WithReadOnly(true)).
+		WithVolumeMounts(mount("keys", keysDir), mount(portLink, linkDir)).
 		// A start may re-read logs; readiness decides who gets connections and is asked often.
 		WithStartupProbe(adminProbe("/healthz").WithPeriodSeconds(1).WithFailureThreshold(120)).
 		WithLivenessProbe(adminProbe("/healthz").WithPeriodSeconds(10).WithTimeoutSeconds(5).WithFailureThreshold(3)).
@@ -141,11 +170,7 @@ func shardContainer(shard *v1.GuildShard, t *v1.PodTemplate, image string) (*acc
 	if tlsSecret(shard) != "" {
 		args = append(args, "--tls-dir="+tlsDir)
 		c.WithPorts(accorev1.ContainerPort().WithName(portWSS).WithContainerPort(wssPort).WithProtocol(corev1.ProtocolTCP)).
-			WithVolumeMounts(accorev1.VolumeMount().WithName("tls").WithMountPath(tlsDir).WithReadOnly(true))
-	}
-	if shard.Spec.Storage != nil {
-		args = append(args, "--data-dir="+dataDir)
-		c.WithVolumeMounts(accorev1.VolumeMount().WithName("data").WithMountPath(dataDir))
+			WithVolumeMounts(mount("tls", tlsDir))
 	}
 	if t.ImagePullPolicy != "" {
 		c.WithImagePullPolicy(t.ImagePullPolicy)
@@ -153,16 +178,16 @@ func shardContainer(shard *v1.GuildShard, t *v1.PodTemplate, image string) (*acc
 	wished, err := convert[accorev1.ContainerApplyConfiguration](struct {
 		Resources *corev1.ResourceRequirements `json:"resources,omitempty"`
 		Env       []corev1.EnvVar              `json:"env,omitempty"`
-	}{&t.Resources, shardEnv(t)})
+	}{&t.Resources, serverEnv(t)})
 	if err != nil {
-		return nil, fmt.Errorf("converting spec.template: %w", err)
+		return nil, fmt.Errorf("converting the template of the spec: %w", err)
 	}
 	c.Resources, c.Env = wished.Resources, wished.Env
 	return c.WithArgs(args...), nil
 }
 
-// shardEnv is the user's environment, and the Go runtime's memory limit unless the user sets it.
-func shardEnv(t *v1.PodTemplate) []corev1.EnvVar {
+// serverEnv is the user's environment, and the Go runtime's memory limit unless the user sets it.
+func serverEnv(t *v1.PodTemplate) []corev1.EnvVar {
 	const goMemLimit = "GOMEMLIMIT"
 	var env []corev1.EnvVar
 	own := false

@@ -34,22 +34,22 @@ func TestPodTemplate(t *testing.T) {
 	}{
 		"a minimal shard": {
 			shard: makeShard("ns", "a"),
-			args:  []string{"serve", "--namespace=ns", "--shard-name=a", "--shard-uid=u", "--keys-dir=/etc/guildhall/keys"},
-			ports: []string{"ws", "admin"},
-			mount: []string{"/etc/guildhall/keys"},
+			args:  []string{"serve", "--namespace=ns", "--shard-name=a", "--shard-uid=u", "--keys-dir=/etc/guildhall/keys", "--link-listen=:9443", "--link-dir=/etc/guildhall/link"},
+			ports: []string{"ws", "admin", "link"},
+			mount: []string{"/etc/guildhall/keys", "/etc/guildhall/link"},
 		},
 		"with certificate, volume, limit and environment": {
 			shard: makeShard("ns", "a").TLS("cert").Storage("1Gi", "").MemoryLimit("1Gi").Env("A", "b"),
-			args:  []string{"serve", "--namespace=ns", "--shard-name=a", "--shard-uid=u", "--keys-dir=/etc/guildhall/keys", "--tls-dir=/etc/guildhall/tls", "--data-dir=/data"},
-			ports: []string{"ws", "admin", "wss"},
-			mount: []string{"/etc/guildhall/keys", "/etc/guildhall/tls", "/data"},
+			args:  []string{"serve", "--namespace=ns", "--shard-name=a", "--shard-uid=u", "--keys-dir=/etc/guildhall/keys", "--link-listen=:9443", "--link-dir=/etc/guildhall/link", "--data-dir=/data", "--tls-dir=/etc/guildhall/tls"},
+			ports: []string{"ws", "admin", "wss", "link"},
+			mount: []string{"/etc/guildhall/keys", "/etc/guildhall/link", "/etc/guildhall/tls", "/data"},
 			env:   []string{"A", "GOMEMLIMIT"},
 		},
 		"the user's own GOMEMLIMIT stands": {
 			shard: makeShard("ns", "a").MemoryLimit("1Gi").Env("GOMEMLIMIT", "1MiB"),
-			args:  []string{"serve", "--namespace=ns", "--shard-name=a", "--shard-uid=u", "--keys-dir=/etc/guildhall/keys"},
-			ports: []string{"ws", "admin"},
-			mount: []string{"/etc/guildhall/keys"},
+			args:  []string{"serve", "--namespace=ns", "--shard-name=a", "--shard-uid=u", "--keys-dir=/etc/guildhall/keys", "--link-listen=:9443", "--link-dir=/etc/guildhall/link"},
+			ports: []string{"ws", "admin", "link"},
+			mount: []string{"/etc/guildhall/keys", "/etc/guildhall/link"},
 			env:   []string{"GOMEMLIMIT"},
 		},
 	} {

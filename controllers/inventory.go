@@ -48,6 +48,8 @@ type shardRecord struct {
 	revision int64
 	load     report.Load
 	guilds   map[types.UID]report.Guild
+	// relays of each guild.
+	relays map[types.UID][]report.Relay
 	// told and toldLoad are what the reconcilers have been told of.
 	told     freshness
 	toldLoad report.Load
@@ -58,10 +60,12 @@ type shardView struct {
 	freshness freshness
 	complete  bool
 	asked     time.Time
-	bootID    string
-	version   string
-	disk      disk
-	load      report.Load
+	// seen is when the last report came.
+	seen    time.Time
+	bootID  string
+	version string
+	disk    disk
+	load    report.Load
 }
 
 // disk is what a shard says of where its logs are.
@@ -175,15 +179,40 @@ func (inv *inventory) take(key types.NamespacedName, uid types.UID, rep *report.
 		r.guilds[uid] = g
 	}
 
+	r.relays = map[types.UID][]report.Relay{}
+	for _, relay := range rep.Relays {
+		uid := types.UID(relay.GuildUID)
+		r.relays[uid] = append(r.relays[uid], relay)
+	}
+	n.guilds = append(n.guilds, r.heavy(rep.Load)...)
 	r.bootID, r.version, r.disk = rep.BootID, rep.Version, diskOf(rep)
 	r.revision, r.complete = rep.Revision, true
 	r.load, r.lastSeen, r.asked, r.told = rep.Load, now, asked, fresh
 	return n
 }
 
+// heavyDeliveries is how many deliveries per second make a guild worth a look at each report: few sessions with
+// many events need relays, too, and nothing else of them changes.
+const heavyDeliveries = 5000
+
+// heavy are the guilds that make many deliveries.
+func (r *shardRecord) heavy(load report.Load) []types.NamespacedName {
+	if load.DeliveriesPerSecond < heavyDeliveries {
+		return nil
+	}
+	var keys []types.NamespacedName
+	for uid, g := range r.guilds {
+		if g.Sessions > 0 && deliveriesOf(g, r.relays[uid], load) >= heavyDeliveries {
+			keys = append(keys, types.NamespacedName{Namespace: g.Namespace, Name: g.Name})
+		}
+	}
+	return keys
+}
+
 // notable leaves of a guild what a status can show.
 func notable(g report.Guild) report.Guild {
-	g.LastSeq = 0
+	g.LastSeq, g.Round, g.Asked = 0, 0, 0
+	g.Direct = rounded(g.Direct)
 	g.Members, g.Online, g.Sessions = rounded(g.Members), rounded(g.Online), rounded(g.Sessions)
 	return g
 }
@@ -211,7 +240,7 @@ func (inv *inventory) shard(key types.NamespacedName, uid types.UID, now time.Ti
 		return shardView{}
 	}
 	return shardView{
-		freshness: r.freshness(now), complete: r.complete, asked: r.asked,
+		freshness: r.freshness(now), complete: r.complete, asked: r.asked, seen: r.lastSeen,
 		bootID: r.bootID, version: r.version, disk: r.disk, load: r.load,
 	}
 }

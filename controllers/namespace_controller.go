@@ -26,6 +26,7 @@ type namespaceReconciler struct {
 	applier
 	operatorNamespace string
 	clock             clock.PassiveClock
+	certs             *linkCerts
 	shards            *trigger // of shardReconciler
 
 	mu     sync.Mutex
@@ -47,8 +48,6 @@ var _ reconcile.Reconciler = (*namespaceReconciler)(nil)
 // The operator grants shards what their Role says, so it must hold that itself: get, list and
 // watch of guilds and guildshards.
 // +kubebuilder:rbac:groups="",resources=serviceaccounts,verbs=get;list;watch;create;patch;delete
-// +kubebuilder:rbac:groups="",resources=secrets,verbs=get,resourceNames=guildhall-keys
-// +kubebuilder:rbac:groups="",resources=secrets,verbs=create
 // +kubebuilder:rbac:groups=rbac.authorization.k8s.io,resources=roles;rolebindings,verbs=get;list;watch;create;patch;delete
 // +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=get;list;watch;create;patch;delete
 
@@ -109,6 +108,9 @@ func (r *namespaceReconciler) wakeShards(ctx context.Context, namespace string) 
 
 func (r *namespaceReconciler) ensureAll(ctx context.Context, namespace string, tls bool) error {
 	if err := r.ensureKeys(ctx, namespace); err != nil {
+		return err
+	}
+	if err := r.certs.ensureAuthority(ctx, namespace); err != nil {
 		return err
 	}
 	for _, o := range namespaceObjects(namespace, r.operatorNamespace, tls) {

@@ -69,7 +69,8 @@ func shardRoleBinding(namespace string) *acrbacv1.RoleBindingApplyConfiguration 
 		WithSubjects(acrbacv1.Subject().WithKind(rbacv1.ServiceAccountKind).WithName(shardRoleName).WithNamespace(namespace))
 }
 
-// shardNetworkPolicy lets everybody in for clients' ports, and to the admin port the operator alone.
+// shardNetworkPolicy is that of shards and relays: it lets everybody in for clients' ports, the namespace's pods for links,
+// and to the admin port the operator alone.
 func shardNetworkPolicy(namespace, operatorNamespace string) *acnetworkingv1.NetworkPolicyApplyConfiguration {
 	port := func(n int32) *acnetworkingv1.NetworkPolicyPortApplyConfiguration {
 		return acnetworkingv1.NetworkPolicyPort().WithProtocol(corev1.ProtocolTCP).WithPort(intstr.FromInt32(n))
@@ -79,10 +80,14 @@ func shardNetworkPolicy(namespace, operatorNamespace string) *acnetworkingv1.Net
 	return acnetworkingv1.NetworkPolicy(shardRoleName, namespace).
 		WithLabels(namespaceLabels()).
 		WithSpec(acnetworkingv1.NetworkPolicySpec().
-			WithPodSelector(acmetav1.LabelSelector().WithMatchLabels(map[string]string{labelName: managedBy, labelComponent: componentShard})).
+			WithPodSelector(acmetav1.LabelSelector().WithMatchLabels(map[string]string{labelName: managedBy}).
+				WithMatchExpressions(acmetav1.LabelSelectorRequirement().
+					WithKey(labelComponent).WithOperator(metav1.LabelSelectorOpIn).WithValues(componentShard, componentRelay))).
 			WithPolicyTypes(networkingv1.PolicyTypeIngress).
 			WithIngress(
 				acnetworkingv1.NetworkPolicyIngressRule().WithPorts(port(wsPort), port(wssPort)),
+				acnetworkingv1.NetworkPolicyIngressRule().WithPorts(port(linkPort)).
+					WithFrom(acnetworkingv1.NetworkPolicyPeer().WithPodSelector(acmetav1.LabelSelector())),
 				acnetworkingv1.NetworkPolicyIngressRule().WithPorts(port(adminPort)).WithFrom(operator),
 			))
 }

@@ -41,6 +41,7 @@ const (
 	// maxReport bounds a report's size: 10,000 guilds take about 4 MiB.
 	maxReport = 16 << 20
 	maxGuilds = 20000
+	maxRelays = 10000
 )
 
 // poller asks every shard of every namespace for its report, on the leader only.
@@ -277,6 +278,8 @@ func validateReport(rep *report.Report, namespace string, shard shardRef) error 
 		return errors.New("the report's bootID must have 1 to 64 characters")
 	case len(rep.Guilds) > maxGuilds || len(rep.Gone) > maxGuilds:
 		return fmt.Errorf("the report has more than %d guilds", maxGuilds)
+	case len(rep.Relays) > maxRelays:
+		return fmt.Errorf("the report has more than %d relays", maxRelays)
 	}
 	rep.Version = truncate(rep.Version, 128)
 	for i := range rep.Guilds {
@@ -292,6 +295,12 @@ func validateReport(rep *report.Report, namespace string, shard shardRef) error 
 		}
 		g.Message = truncate(g.Message, maxMessage)
 		g.Members, g.Online, g.Sessions = max(g.Members, 0), max(g.Online, 0), max(g.Sessions, 0)
+		g.Direct, g.Round, g.Asked = max(g.Direct, 0), max(g.Round, 0), max(g.Asked, 0)
+	}
+	for i := range rep.Relays {
+		r := &rep.Relays[i]
+		r.AgeMillis, r.Sessions, r.DeliveriesPerSecond = max(r.AgeMillis, 0), max(r.Sessions, 0), max(r.DeliveriesPerSecond, 0)
+		r.Round, r.Asked = max(r.Round, 0), max(r.Asked, 0)
 	}
 	return nil
 }

@@ -4,11 +4,15 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/util/workqueue"
@@ -33,6 +37,8 @@ type Options struct {
 	ShardImage string
 	// Namespace that the operator runs in: shards let it, and it alone, read their reports.
 	Namespace string
+	// Lease is the name of the leader election's lease in that namespace; empty without leader election.
+	Lease string
 	// Clock and Dial are the real ones when absent.
 	Clock clock.WithTicker
 	Dial  func(ctx context.Context, network, address string) (net.Conn, error)
@@ -58,6 +64,8 @@ func ownKinds() []client.Object {
 	return []client.Object{
 		new(corev1.Pod), new(corev1.Service), new(corev1.PersistentVolumeClaim), new(corev1.ServiceAccount),
 		new(appsv1.StatefulSet), new(rbacv1.Role), new(rbacv1.RoleBinding), new(networkingv1.NetworkPolicy),
+		// Endpoints have the labels of their Service.
+		new(policyv1.PodDisruptionBudget), new(discoveryv1.EndpointSlice),
 	}
 }
 
@@ -69,6 +77,7 @@ type operator struct {
 	guilds     *guildReconciler
 	namespaces *namespaceReconciler
 	shards     *shardReconciler
+	term       *leaderTerm
 
 	guildTrigger, shardTrigger, placementTrigger *trigger
 }
@@ -82,12 +91,20 @@ func newOperator(mgr ctrl.Manager, o Options) *operator {
 	}
 	recorder := mgr.GetEventRecorder("guildhall")
 	objects := applier{Client: mgr.GetClient(), live: mgr.GetAPIReader()}
+	certs := &linkCerts{
+		applier: objects, clock: o.Clock,
+		authorities: map[string]authority{}, checked: map[types.NamespacedName]time.Time{},
+	}
 	op := &operator{
 		inventory:    newInventory(),
 		guildTrigger: new(trigger), shardTrigger: new(trigger), placementTrigger: new(trigger),
 	}
 	op.poller = newPoller(mgr.GetClient(), op.inventory, o.Clock, o.Dial)
 	op.poller.told = op.spread
+	op.term = &leaderTerm{live: mgr.GetAPIReader(), clock: o.Clock}
+	if o.Lease != "" {
+		op.term.lease = types.NamespacedName{Namespace: o.Namespace, Name: o.Lease}
+	}
 	op.placements = &placementReconciler{
 		cache: mgr.GetClient(), live: mgr.GetAPIReader(), inventory: op.inventory, clock: o.Clock,
 		ids:    &snowflake.Source{Now: o.Clock.Now},
@@ -97,14 +114,20 @@ func newOperator(mgr ctrl.Manager, o Options) *operator {
 	op.guilds = &guildReconciler{
 		Client: mgr.GetClient(), placements: op.placements, inventory: op.inventory, clock: o.Clock,
 		recorder: recorder, hurry: op.poller.hurry, deleting: map[types.NamespacedName]sighting{},
+		relays: &relays{
+			applier: objects, certs: certs, inventory: op.inventory, clock: o.Clock, recorder: recorder, shardImage: o.ShardImage,
+			orders: &orderDesk{term: op.term, post: op.poller.order},
+			budget: &moveBudget{asks: map[string]map[types.UID]float64{}},
+			states: map[types.UID]*relayState{},
+		},
 	}
 	op.namespaces = &namespaceReconciler{
-		applier: objects, operatorNamespace: o.Namespace, clock: o.Clock,
+		applier: objects, operatorNamespace: o.Namespace, clock: o.Clock, certs: certs,
 		shards: op.shardTrigger, states: map[string]namespaceState{},
 	}
 	op.shards = &shardReconciler{
 		applier: objects, shardImage: o.ShardImage, namespaces: op.namespaces, placements: op.placements,
-		inventory: op.inventory, clock: o.Clock, recorder: recorder, hurry: op.poller.hurry,
+		inventory: op.inventory, clock: o.Clock, recorder: recorder, hurry: op.poller.hurry, certs: certs,
 		rollouts: rolloutSlots{slots: map[string]rolloutSlot{}},
 		figures:  figureTimes{times: map[types.UID]figuresWritten{}},
 	}
@@ -145,6 +168,9 @@ func Setup(ctx context.Context, mgr ctrl.Manager, o Options) error {
 	}
 	if err := mgr.Add(op.poller); err != nil {
 		return fmt.Errorf("adding the poller: %w", err)
+	}
+	if err := mgr.Add(op.term); err != nil {
+		return fmt.Errorf("adding the term: %w", err)
 	}
 	for name, setup := range map[string]func(ctrl.Manager) error{
 		"placement": op.setupPlacement, "guild": op.setupGuilds,
@@ -196,7 +222,12 @@ func (op *operator) setupGuilds(mgr ctrl.Manager) error {
 		// A shard's own status says nothing that a Guild shows.
 		Watches(new(v1.GuildShard), ofShard, builder.WithPredicates(predicate.Or(
 			predicate.GenerationChangedPredicate{}, predicate.LabelChangedPredicate{}))).
-		Watches(new(corev1.Pod), ofShard, builder.WithPredicates(healthChanged())).
+		Watches(new(corev1.Pod), ofShard, builder.WithPredicates(labelled(labelShard), healthChanged())).
+		Watches(new(corev1.Pod), handler.EnqueueRequestsFromMapFunc(guildOf), builder.WithPredicates(labelled(labelGuild), relayChanged())).
+		Watches(new(corev1.Service), handler.EnqueueRequestsFromMapFunc(guildOf), builder.WithPredicates(labelled(labelGuild))).
+		Watches(new(policyv1.PodDisruptionBudget), handler.EnqueueRequestsFromMapFunc(guildOf),
+			builder.WithPredicates(labelled(labelGuild), predicate.GenerationChangedPredicate{})).
+		Watches(new(discoveryv1.EndpointSlice), handler.EnqueueRequestsFromMapFunc(op.guildOfEndpoints), builder.WithPredicates(labelled(labelGuild))).
 		WatchesRawSource(op.guildTrigger).
 		WithOptions(options(16)).
 		Complete(op.guilds)
@@ -223,7 +254,7 @@ func (op *operator) setupShards(mgr ctrl.Manager) error {
 
 func (op *operator) setupNamespaces(mgr ctrl.Manager) error {
 	common := builder.WithPredicates(predicate.NewPredicateFuncs(func(obj client.Object) bool {
-		return obj.GetLabels()[labelShard] == ""
+		return obj.GetLabels()[labelShard] == "" && obj.GetLabels()[labelGuild] == ""
 	}))
 	ofNamespace := namespaceHandler{}
 	return ctrl.NewControllerManagedBy(mgr).Named("namespace").
@@ -244,4 +275,33 @@ func healthChanged() predicate.Predicate {
 		is, ok2 := e.ObjectNew.(*corev1.Pod)
 		return !ok1 || !ok2 || healthOf(was) != healthOf(is)
 	}}
+}
+
+// labelled lets objects through that have a label.
+func labelled(key string) predicate.Predicate {
+	return predicate.NewPredicateFuncs(func(obj client.Object) bool { return obj.GetLabels()[key] != "" })
+}
+
+// relayChanged lets through what a relay's pod is marked with, and how well it is.
+func relayChanged() predicate.Predicate {
+	return predicate.Or(predicate.LabelChangedPredicate{}, healthChanged())
+}
+
+// guildOf is the Guild that controls an object.
+func guildOf(_ context.Context, obj client.Object) []reconcile.Request {
+	c := metav1.GetControllerOf(obj)
+	if c == nil || c.Kind != "Guild" {
+		return nil
+	}
+	return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: obj.GetNamespace(), Name: c.Name}}}
+}
+
+// guildOfEndpoints is the Guild that controls the Service whose endpoints an object has.
+func (op *operator) guildOfEndpoints(ctx context.Context, obj client.Object) []reconcile.Request {
+	service := new(corev1.Service)
+	key := types.NamespacedName{Namespace: obj.GetNamespace(), Name: obj.GetLabels()[discoveryv1.LabelServiceName]}
+	if err := op.guilds.Get(ctx, key, service); err != nil {
+		return nil
+	}
+	return guildOf(ctx, service)
 }

@@ -225,7 +225,7 @@ type RelayStabilization struct {
 }
 
 // RebalanceMode says what happens to an uneven spread of sessions over relays.
-// +kubebuilder:validation:Enum=Auto;Approve;Off
+// +kubebuilder:validation:Enum=Auto;Approve;Disabled
 type RebalanceMode string
 
 const (
@@ -233,8 +233,8 @@ const (
 	RebalanceAuto RebalanceMode = "Auto"
 	// RebalanceApprove waits for the annotation that approves the plan.
 	RebalanceApprove RebalanceMode = "Approve"
-	// RebalanceOff leaves evening out to those who come and go.
-	RebalanceOff RebalanceMode = "Off"
+	// RebalanceDisabled leaves evening out to those who come and go.
+	RebalanceDisabled RebalanceMode = "Disabled"
 )
 
 // AnnotationApprove on a Guild approves the plan of moves whose hash, status.rebalance.planHash, is the
@@ -245,7 +245,7 @@ const AnnotationApprove = "guildhall.dev/approve"
 // or since the guild gets or loses its relays, needs no approval, and is as fast.
 // +kubebuilder:validation:MinProperties=1
 type GuildRebalance struct {
-	// mode is Auto (the default), Approve or Off.
+	// mode is Auto (the default), Approve or Disabled.
 	// +optional
 	Mode RebalanceMode `json:"mode,omitempty"`
 

@@ -101,7 +101,8 @@ func TestPrinterColumns(t *testing.T) {
 	s := apiServer(t)
 	guild := s.create(t, object(t, "Guild", "columns", `{}`))
 	s.setStatus(t, guild, `{status: {
-		id: "123456789012345678", mode: Direct, members: 12, online: 3,
+		id: "123456789012345678", mode: Relayed, members: 12, online: 3,
+		relays: {replicas: 2, ready: 2, desired: 3, selector: a}, rebalance: {round: 1, toMove: 40},
 		placement: {shardName: shard-a, shardUID: u, logID: l, epoch: 2},
 		gateway: {url: "ws://guildhall-gateway.default.svc/g/123456789012345678/"},
 		conditions: [{type: Ready, status: "True", reason: Serving, message: "", lastTransitionTime: "2026-01-02T03:04:05Z"}]}}`)
@@ -121,9 +122,12 @@ func TestPrinterColumns(t *testing.T) {
 			{"Ready", "True", 0},
 			{"Reason", "Serving", 0},
 			{"Shard", "shard-a", 0},
-			{"Mode", "Direct", 0},
+			{"Mode", "Relayed", 0},
 			{"Members", 12.0, 0},
 			{"Online", 3.0, 0},
+			{"Relays", 2.0, 0},
+			{"Want", 3.0, 0},
+			{"ToMove", 40.0, 0},
 			{"Age", nil, 0},
 			{"Id", "123456789012345678", 1},
 			{"Epoch", 2.0, 1},

@@ -153,7 +153,7 @@ func drawObservation(t *rapid.T, now time.Time) Observation {
 	p.MaxReplicas = p.MinReplicas + rapid.IntRange(1, 5).Draw(t, "max")
 	p.Replicas = rapid.IntRange(0, 5).Draw(t, "replicas")
 	p.Scaling = rapid.SampledFrom([]Scaling{ScalingAuto, ScalingAuto, ScalingManual, ScalingDisabled}).Draw(t, "scaling")
-	p.Rebalance = rapid.SampledFrom([]Rebalancing{RebalanceAuto, RebalanceAuto, RebalanceApprove, RebalanceOff}).Draw(t, "rebalancing")
+	p.Rebalance = rapid.SampledFrom([]Rebalancing{RebalanceAuto, RebalanceAuto, RebalanceApprove, RebalanceDisabled}).Draw(t, "rebalancing")
 	for i := range rapid.IntRange(0, 6).Draw(t, "relays") {
 		r := Relay{
 			Endpoint: draw(), Name: fmt.Sprintf("relay-%d", i),

@@ -53,8 +53,8 @@ const (
 	RebalanceAuto Rebalancing = "Auto"
 	// RebalanceApprove moves them when the plan's hash was approved.
 	RebalanceApprove Rebalancing = "Approve"
-	// RebalanceOff leaves evening out to arrivals and departures.
-	RebalanceOff Rebalancing = "Off"
+	// RebalanceDisabled leaves evening out to arrivals and departures.
+	RebalanceDisabled Rebalancing = "Disabled"
 )
 
 // Policy is what the Guild's spec and the operator's settings say; DefaultPolicy has sound values.

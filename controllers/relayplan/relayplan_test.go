@@ -333,7 +333,7 @@ func TestRounds(t *testing.T) {
 		"nobody leaves while traffic still comes":                {guild: guild(0, relay("a", 0), relay("b", 9000)).Manual(2), want: "EndpointsBehind"},
 		"nor just after":                                         {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(second)).Manual(2), want: "EndpointsBehind"},
 		"nobody leaves on old reports":                           {guild: guild(0, relay("a", 0).Reported(11*second), relay("b", 9000).Closed(minute)).Manual(2)},
-		"nobody leaves in mode Off":                              {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2).With(func(o *Observation) { o.Policy.Rebalance = RebalanceOff })},
+		"nobody leaves in mode Disabled":                         {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2).With(func(o *Observation) { o.Policy.Rebalance = RebalanceDisabled })},
 		"nobody leaves without approval":                         {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2).With(func(o *Observation) { o.Policy.Rebalance = RebalanceApprove }), want: "AwaitingApproval"},
 		"nobody leaves while many are gone who were there":       {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2), memory: func(m *Memory) { m.loads[0].value = 15000 }, want: "Reconnecting"},
 		"nobody leaves while the last ones are on their way":     {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2), memory: func(m *Memory) { m.quietUntil = noon.Add(second) }, want: "Settling"},

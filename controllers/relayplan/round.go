@@ -286,7 +286,7 @@ func cut(orders []Order, moves int) []Order {
 // rebalance are the orders that even out the relays: who will still be above the edge when
 // arrivals and departures have had their time goes down to a little below it.
 func (p *plan) rebalance() []Order {
-	if p.Policy.Rebalance == RebalanceOff || p.Reports != "" || p.Want == 0 {
+	if p.Policy.Rebalance == RebalanceDisabled || p.Reports != "" || p.Want == 0 {
 		return nil
 	}
 	sessions, arrivals := p.load()

@@ -12,7 +12,7 @@ import (
 // GuildRebalance says how sessions are moved between relays. What is moved because a relay goes,
 // or since the guild gets or loses its relays, needs no approval, and is as fast.
 type GuildRebalanceApplyConfiguration struct {
-	// mode is Auto (the default), Approve or Off.
+	// mode is Auto (the default), Approve or Disabled.
 	Mode *apiv1.RebalanceMode `json:"mode,omitempty"`
 	// maxMovesPerSecond bounds how many sessions of the guild are asked to reconnect in a second,
 	// 1 to 15000; 500 when absent. A relay that ends has the time to ask all that it may hold.
