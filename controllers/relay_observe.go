@@ -115,7 +115,7 @@ func observe(f *relayFacts, s *relayState) relayplan.Observation {
 		r.Accepting, r.AcceptingSince = s.routes[pod.Name].leads, s.routes[pod.Name].since
 		if said, ok := reported[pod.Name]; ok && f.serving {
 			r.ReportedAt = f.reports.seen.Add(-time.Duration(said.AgeMillis) * time.Millisecond)
-			r.Sessions = int(said.Sessions)
+			r.Sessions, r.Waiting, r.Arrivals = int(said.Sessions), int(said.Waiting), float64(said.ArrivalsPerSecond)
 			r.Order = s.progress(pod.Name, said.Round, said.Asked, r.Sessions, earlier)
 		}
 		obs.Relays = append(obs.Relays, r)
