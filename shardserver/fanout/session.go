@@ -93,6 +93,23 @@ func (c *Core) NewSession(conn net.Conn, ended func(cause error)) *Session {
 	return &Session{core: c, worker: c.nextWorker(), socket: newSocket(conn), ended: ended}
 }
 
+// Open writes a session's first bytes, in the caller's goroutine as far as the socket takes them at once.
+// Nobody else has the session yet.
+func (s *Session) Open(first []byte) {
+	if len(first) == 0 {
+		return
+	}
+	n, _, err := s.socket.write(first)
+	s.worker.writes.Add(1)
+	s.worker.bytes.Add(uint64(n))
+	switch {
+	case err != nil:
+		s.End(err)
+	case n < len(first):
+		s.Send(first[n:])
+	}
+}
+
 // Start says where and how a session follows a stream.
 type Start struct {
 	// View is the session's at the stream's head.

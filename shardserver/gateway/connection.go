@@ -51,23 +51,34 @@ type connection struct {
 	renewed int64 // when the window began, Unix milliseconds
 }
 
-// run holds the connection and begins to serve it. request is its path and query.
-func (c *connection) run(request string) {
+// wait sends the answer to the upgrade, holds the connection, and begins to serve it. request is its
+// path and query.
+func (c *connection) wait(answer []byte, request string) {
 	g := c.gateway
+	c.conn.SetWriteDeadline(time.Now().Add(answerTime))
+	c.conn.Write(answer) //nolint:errcheck // if the socket is gone, reading tells
+	c.conn.SetWriteDeadline(time.Time{})
 	local, remote := c.hold(request)
 	if remote != nil {
 		g.splice(c.conn, remote, c.early)
 		g.remove(c)
 		return
 	}
+	c.serve(local, nil)
+}
+
+// serve begins to serve the connection: with what is to be written first, and HELLO. local is nil if there
+// is no guild to be had.
+func (c *connection) serve(local *guild.Guild, first []byte) {
+	g := c.gateway
 	c.guild = local
 	if local != nil && c.version != 0 {
 		c.interval = g.times.interval - rand.N(g.times.spread)
 		c.expectWithin(g.times.identify)
-		// The socket is empty, and not yet the session's. If it is gone, reading tells.
-		c.conn.Write(protocol.Hello(int(c.interval.Milliseconds()))) //nolint:errcheck // see above
+		first = append(first, protocol.Hello(int(c.interval.Milliseconds()))...)
 	}
 	session := g.o.Core.NewSession(c.conn, c.ended)
+	session.Open(first)
 	c.session.Store(session)
 	switch {
 	case local == nil:
@@ -78,7 +89,7 @@ func (c *connection) run(request string) {
 		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
 	}
 	if !c.watch() {
-		c.read(true)
+		go c.read(true)
 	}
 }
 
@@ -99,7 +110,7 @@ func (c *connection) watch() bool {
 	c.mu.Unlock()
 	if gone {
 		watched.Remove()
-	} else {
+	} else if len(c.early) > 0 {
 		c.readMore()
 	}
 	return true

@@ -37,6 +37,10 @@ const (
 	maxExtra = 256
 	// sendBuffer bounds what the kernel keeps for a slow client.
 	sendBuffer = 256 << 10
+	// helloSize is room for HELLO.
+	helloSize = 64
+	// answerTime is how long a client that is held may take to take the answer to its upgrade.
+	answerTime = 10 * time.Second
 
 	restarting = "the server restarts"
 )
@@ -120,9 +124,8 @@ func New(o Options) *Gateway {
 	return &Gateway{
 		o: o, times: defaultTimes, maxHeld: maxHeld, maxHalfSent: maxHalfSent,
 		upgrader: websocket.Upgrader{
-			HandshakeTimeout: 10 * time.Second,
-			WriteBufferSize:  512,
-			WriteBufferPool:  &sync.Pool{},
+			WriteBufferSize: 512,
+			WriteBufferPool: &sync.Pool{},
 			// Clients prove themselves with tokens, not cookies: any origin may connect.
 			CheckOrigin: func(*http.Request) bool { return true },
 		},
@@ -156,24 +159,36 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 	if _, err := g.upgrader.Upgrade(upgrade, r, nil); err != nil {
 		return // the upgrader has answered
 	}
-	if tcp, ok := upgrade.conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
+	if tcp, ok := upgrade.Conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
 		tcp.SetWriteBuffer(sendBuffer) //nolint:errcheck // where it fails the kernel's own bound counts
 	}
 	c := &connection{
-		gateway: g, conn: upgrade.conn, early: upgrade.early, id: id,
+		gateway: g, conn: upgrade.Conn, early: upgrade.early, id: id,
 		version: versions[query.Get("v")], forwarded: r.Header.Get(directory.ForwardedHeader) != "",
 	}
 	g.add(c)
+	if local := c.admitted(); local != nil {
+		c.serve(local, upgrade.answer)
+		return
+	}
 	// The request's goroutine ends here, with all that net/http keeps for it.
-	go c.run(r.URL.RequestURI())
+	go c.wait(upgrade.answer, r.URL.RequestURI())
 }
 
 // upgrade keeps the connection that gorilla takes over: afterwards messages are read by
-// readers that are lent, and written by the session.
+// readers that are lent, and written by the session. It keeps gorilla's answer, too, which goes
+// out together with HELLO if there is nothing to wait for.
 type upgrade struct {
 	http.ResponseWriter
-	conn  net.Conn
-	early []byte // sent by the client before it had the answer
+	net.Conn
+	early  []byte // sent by the client before it had the answer
+	answer []byte
+}
+
+// Write implements net.Conn for gorilla.
+func (u *upgrade) Write(p []byte) (int, error) {
+	u.answer = append(make([]byte, 0, len(p)+helloSize), p...)
+	return len(p), nil
 }
 
 // Hijack implements http.Hijacker.
@@ -183,8 +198,8 @@ func (u *upgrade) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 		return nil, nil, err
 	}
 	early, _ := rw.Reader.Peek(rw.Reader.Buffered())
-	u.conn, u.early = conn, append([]byte(nil), early...)
-	return conn, rw, nil
+	u.Conn, u.early = conn, append([]byte(nil), early...)
+	return u, rw, nil
 }
 
 func (g *Gateway) add(c *connection) {
@@ -291,13 +306,19 @@ func (g *Gateway) sweep() {
 	}
 }
 
+// admitted returns the connection's guild if that can serve it at once, as it mostly can.
+func (c *connection) admitted() *guild.Guild {
+	g := c.gateway
+	if place, _ := g.o.Directory.Find(c.id); place.Guild != nil && place.Relays == "" && !g.draining.Load() && g.admit() {
+		return place.Guild
+	}
+	return nil
+}
+
 // hold waits until the connection's guild can serve it. It returns the guild, or the pod that
 // holds it, or neither when the client has waited long enough.
 func (c *connection) hold(request string) (local *guild.Guild, remote net.Conn) {
 	g := c.gateway
-	if place, _ := g.o.Directory.Find(c.id); place.Guild != nil && place.Relays == "" && !g.draining.Load() && g.admit() {
-		return place.Guild, nil // mostly
-	}
 	g.held.Add(1)
 	defer g.held.Add(-1)
 	deadline := time.Now().Add(g.o.HoldTime)

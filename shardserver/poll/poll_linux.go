@@ -15,7 +15,7 @@ import (
 // Invariants:
 //   - a socket stays the connection's own: its descriptor is watched, not duplicated, and closing
 //     the connection ends the watch;
-//   - a Handle's function is called once for each Arm, in a goroutine of its own;
+//   - a Handle's function is called once for Add and once for each Arm, in a goroutine of its own;
 //   - an event of a descriptor that was closed and given to another connection meanwhile is not taken
 //     for that one's: events carry the Handle's number, which is never used twice.
 type Poller struct {
@@ -60,7 +60,7 @@ func (p *Poller) Close() error {
 }
 
 // Add watches a connection; ready is called when there is something to read, or the peer has
-// closed, after each Arm. It fails with ErrUnsupported for a connection that is not a socket.
+// closed, once, and again after each Arm. It may be called before Add returns. Add fails with ErrUnsupported for a connection that is not a socket.
 func (p *Poller) Add(conn net.Conn, ready func()) (*Handle, error) {
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
@@ -76,7 +76,7 @@ func (p *Poller) Add(conn net.Conn, ready func()) (*Handle, error) {
 	h.id = p.next
 	p.byID[h.id] = h
 	p.mutex.Unlock()
-	if err := h.control(syscall.EPOLL_CTL_ADD, 0); err != nil {
+	if err := h.control(syscall.EPOLL_CTL_ADD); err != nil {
 		h.Remove()
 		return nil, err
 	}
@@ -85,7 +85,7 @@ func (p *Poller) Add(conn net.Conn, ready func()) (*Handle, error) {
 
 // Arm asks for the next event. What can be read already is an event.
 func (h *Handle) Arm() error {
-	return h.control(syscall.EPOLL_CTL_MOD, syscall.EPOLLIN|syscall.EPOLLRDHUP|syscall.EPOLLONESHOT)
+	return h.control(syscall.EPOLL_CTL_MOD)
 }
 
 // Remove forgets a connection that is closed or about to be.
@@ -95,10 +95,10 @@ func (h *Handle) Remove() {
 	delete(h.poller.byID, h.id)
 }
 
-func (h *Handle) control(op int, events uint32) error {
+func (h *Handle) control(op int) error {
 	var ctl, epoll error
 	err := h.raw.Control(func(fd uintptr) {
-		event := syscall.EpollEvent{Events: events, Fd: int32(h.id), Pad: int32(h.id >> 32)}
+		event := syscall.EpollEvent{Events: syscall.EPOLLIN | syscall.EPOLLRDHUP | syscall.EPOLLONESHOT, Fd: int32(h.id), Pad: int32(h.id >> 32)}
 		epoll = h.poller.raw.Control(func(efd uintptr) {
 			ctl = syscall.EpollCtl(int(efd), op, int(fd), &event)
 		})
