@@ -178,10 +178,18 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 // written, and of all that are published afterwards. They may come in parts, which sessions can
 // share; parts must not be changed afterwards.
 func (s *Session) Send(parts ...[]byte) {
+	if s.Prepare(parts...) {
+		s.worker.schedule(s)
+	}
+}
+
+// Prepare is Send, but for what is written together with what comes next: that of another Send, or of Follow.
+// It is not ok when the session has ended.
+func (s *Session) Prepare(parts ...[]byte) (ok bool) {
 	s.mu.Lock()
 	if s.closing {
 		s.mu.Unlock()
-		return
+		return false
 	}
 	for _, part := range parts {
 		if len(part) > 0 {
@@ -194,9 +202,8 @@ func (s *Session) Send(parts ...[]byte) {
 	s.mu.Unlock()
 	if full {
 		s.End(errUrgent)
-		return
 	}
-	s.worker.schedule(s)
+	return !full
 }
 
 // Close sends a last message. The peer has a short time to take it and to close from its side;
@@ -293,7 +300,8 @@ func (s *Session) cutOverrun() {
 	s.Close(s.core.overrun())
 }
 
-// chunk is the next bytes of a session: the rest of a frame, those of a span, or else messages of Send.
+// chunk is the next bytes of a session: the rest of a frame, those of a span and perhaps of what ends the
+// replay behind it, or else messages of Send.
 type chunk struct {
 	bytes []byte
 	rest  bool
@@ -331,10 +339,16 @@ func (s *Session) next(b *scratch) (chunk, error) {
 			return chunk{}, nil
 		case len(sp.bytes) > 0:
 			// What was sent before the span's frames were published comes before them.
-			if c, ok := s.nextUrgent(b); ok {
+			c, ok := s.nextUrgent(b)
+			if ok {
 				return c, nil
 			}
-			return chunk{bytes: sp.bytes, span: sp}, nil
+			c = chunk{bytes: sp.bytes, span: sp}
+			if s.insert != nil && sp.to > 0 && sp.to == s.insertAt && len(sp.bytes) <= maxJoined {
+				b.joined = append(append(b.joined[:0], sp.bytes...), s.insert...)
+				c.bytes = b.joined
+			}
+			return c, nil
 		}
 		s.passed(sp, s.skipped+sp.skipped)
 		if sp.atHead {
@@ -465,9 +479,16 @@ func (s *Session) advance(c chunk, n int) {
 	}
 	sp := c.span
 	s.writtenAt = w.clock.Load()
-	if n == len(sp.bytes) {
+	if over := n - len(sp.bytes); over >= 0 {
 		w.deliveries.Add(uint64(len(sp.marks)))
 		s.passed(sp, sp.skipped)
+		switch {
+		case over == 0:
+		case over < len(s.insert):
+			s.rest, s.insert = s.insert[over:], nil
+		default:
+			s.insert = nil
+		}
 		return
 	}
 	begun := 0 // the frame that was written in part, or none of

@@ -296,8 +296,9 @@ func (c *connection) identify(data json.RawMessage) error {
 			Log: c.guild.LogID(), Base: s.Base, User: claims.User, Random: c.client.Random,
 			Intents: intents, Capabilities: capabilities, Issued: time.Now(),
 		})
-		c.send("READY", s.Base-1, c.ready(sealed, shard, s.Guild != nil))
-		c.sendGuild(s)
+		ready, _ := protocol.Dispatch("READY", s.Base-1, c.ready(sealed, shard, s.Guild != nil))
+		c.client.Session.Prepare(ready)
+		c.prepareGuild(s)
 	}))
 }
 
@@ -337,16 +338,11 @@ func (c *connection) started(err error) error {
 	return &closeError{protocol.CloseUnknownError, "the guild is not available"}
 }
 
-func (c *connection) send(event string, seq uint64, body []byte) {
-	frame, _ := protocol.Dispatch(event, seq, body)
-	c.reply(frame)
-}
-
-// sendGuild sends the snapshot's guild to a client that asked for guilds.
-func (c *connection) sendGuild(s guild.Snapshot) {
+// prepareGuild has the snapshot's guild sent to a client that asked for guilds, as it begins to follow the stream.
+func (c *connection) prepareGuild(s guild.Snapshot) {
 	if s.Guild != nil && c.client.Intents&protocol.IntentGuilds != 0 {
 		head, tail := protocol.DispatchParts("GUILD_CREATE", s.Base, s.Guild.Shared, s.Guild.Own)
-		c.session.Load().Send(head, s.Guild.Shared, tail)
+		c.client.Session.Prepare(head, s.Guild.Shared, tail)
 	}
 }
 
@@ -454,5 +450,5 @@ func (c *connection) resume(data json.RawMessage) error {
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), c.gateway.times.identify)
 	defer cancel()
-	return c.started(c.guild.Resume(ctx, c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, c.sendGuild))
+	return c.started(c.guild.Resume(ctx, c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, c.prepareGuild))
 }
