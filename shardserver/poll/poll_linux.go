@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 )
 
@@ -15,17 +16,24 @@ import (
 // Invariants:
 //   - a socket stays the connection's own: its descriptor is watched, not duplicated, and closing
 //     the connection ends the watch;
-//   - a Handle's function is called once for Add and once for each Arm, in a goroutine of its own;
+//   - a Handle's function is called once for Add and once for each Arm, in a goroutine that nothing else
+//     waits for;
 //   - an event of a descriptor that was closed and given to another connection meanwhile is not taken
 //     for that one's: events carry the Handle's number, which is never used twice.
 type Poller struct {
 	file  *os.File // the epoll descriptor, itself polled by Go's runtime
 	raw   syscall.RawConn
 	done  chan struct{}
+	turns chan *Handle // to a goroutine that has served others
+	spare atomic.Int32 // of those
 	mutex sync.Mutex
 	next  uint64
 	byID  map[uint64]*Handle
 }
+
+// maxSpare bounds the goroutines that wait for another Handle: their stacks have grown to what the functions
+// take, which costs more than to start a goroutine.
+const maxSpare = 16
 
 // Handle is a watched connection.
 type Handle struct {
@@ -44,7 +52,7 @@ func New() (*Poller, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		return nil, fmt.Errorf("poll: %w", err)
 	}
-	p := &Poller{file: os.NewFile(uintptr(fd), "epoll"), done: make(chan struct{}), byID: map[uint64]*Handle{}}
+	p := &Poller{file: os.NewFile(uintptr(fd), "epoll"), done: make(chan struct{}), turns: make(chan *Handle), byID: map[uint64]*Handle{}}
 	if p.raw, err = p.file.SyscallConn(); err != nil {
 		return nil, fmt.Errorf("poll: %w", err)
 	}
@@ -126,9 +134,31 @@ func (p *Poller) run() {
 			p.mutex.Lock()
 			h := p.byID[uint64(uint32(e.Fd))|uint64(uint32(e.Pad))<<32]
 			p.mutex.Unlock()
-			if h != nil {
-				go h.ready()
+			if h == nil {
+				continue
 			}
+			select {
+			case p.turns <- h:
+			default:
+				go p.serve(h)
+			}
+		}
+	}
+}
+
+// serve calls the functions of a Handle and of those that follow.
+func (p *Poller) serve(h *Handle) {
+	for {
+		h.ready()
+		if p.spare.Add(1) > maxSpare {
+			p.spare.Add(-1)
+			return
+		}
+		select {
+		case h = <-p.turns:
+			p.spare.Add(-1)
+		case <-p.done:
+			return
 		}
 	}
 }
