@@ -12,7 +12,7 @@ const (
 	// quantum is the number of sessions that a worker serves of one stream before it looks after the others.
 	quantum = 512
 	// maxUnseen bounds the frames that a follower's sessions see nothing of before they pass them nevertheless.
-	maxUnseen = maxWindow / 2
+	maxUnseen = 8 * maxWindow
 	// maxViews bounds the views that a follower asks whether a frame is seen at all.
 	maxViews = 16
 )
@@ -53,24 +53,31 @@ func (f *follower) unseen(frames []*Frame) bool {
 	if len(f.views) > maxViews || w.clock.Load()-f.at >= f.stream.lagTime.Load() || w.parked.Load() > 0 { // a round looks after those
 		return false
 	}
-	n, at, ok := f.stream.window(frames, f.looked, 0)
-	if !ok || at != f.looked || at+uint64(n)-f.served > maxUnseen {
-		return false
-	}
-	for _, frame := range frames[:n] {
-		if frame.Turn != nil || len(frame.Personal) > 0 {
+	for head := w.scratch.cache.head; f.looked < head; {
+		n, at, ok := f.stream.window(frames, f.looked, 0)
+		if !ok || at != f.looked || head-f.served > maxUnseen || f.seen(frames[:n]) {
 			return false
+		}
+		f.looked += uint64(n)
+	}
+	// Twice what a no-op is due for: then many sessions get theirs in the one round.
+	return f.cost < 2*f.stream.idleBytes.Load()
+}
+
+// seen says whether a session is sent something of the frames, or turned by them, as far as views tell.
+func (f *follower) seen(frames []*Frame) bool {
+	for _, frame := range frames {
+		if frame.Turn != nil || len(frame.Personal) > 0 {
+			return true
 		}
 		for v := range f.views {
 			if frame.Wire != nil && v != nil && v.Pick(frame) != nil {
-				return false
+				return true
 			}
 		}
 		f.cost += frameCost(frame)
 	}
-	f.looked = at + uint64(n)
-	// Twice what a no-op is due for: then many sessions get theirs in the one round.
-	return f.cost < 2*f.stream.idleBytes.Load()
+	return false
 }
 
 // beginRound prepares for the next round over all sessions. It is not ok when none is needed.
