@@ -1,6 +1,6 @@
 // Command demo is "make run": it starts a Kubernetes cluster on this machine, deploys the
-// operator and the samples, connects clients, audits what they receive, and shows the guild at
-// work. What it started it ends again. Its exit status is the audit's verdict, and its last line
+// operator and the samples, connects clients, audits what they receive, and shows how the guild grows over relays
+// and shrinks back. What it started it ends again. Its exit status is the audit's verdict, and its last line
 // the audit in JSON.
 package main
 
@@ -15,6 +15,8 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -28,8 +30,8 @@ const (
 )
 
 func main() {
-	sessions := flag.Int("sessions", 200, "clients to connect")
-	events := flag.Int("events", 1000, "events to publish")
+	sessions := flag.Int("sessions", 300, "clients to connect")
+	events := flag.Int("events", 1500, "events to publish")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -95,7 +97,7 @@ func (d *demo) run(ctx context.Context) (status int, err error) {
 
 // audit runs the clients. On a terminal it stays until it is interrupted.
 func (d *demo) audit(ctx context.Context, url string) (int, error) {
-	say("%d clients on %s, %d events, every delivery audited", d.sessions, url, d.events)
+	say("%d clients come to %s, %d events, every delivery audited; the guild grows heavy and is spread over relays", d.sessions, url, d.events)
 	load := filepath.Join("build", "load")
 	if err := d.cluster.Command(ctx, "go", "build", "-o", load, "./hack/load").Run(); err != nil {
 		return 1, err
@@ -103,12 +105,22 @@ func (d *demo) audit(ctx context.Context, url string) (int, error) {
 	args := []string{
 		"run", "--url", url, "--keys-secret", namespace + "/guildhall-keys", "--kubeconfig", d.cluster.Kubeconfig,
 		"--sessions", strconv.Itoa(d.sessions), "--events", strconv.Itoa(d.events), "--publishers", "4",
-		"--resumes", strconv.Itoa(d.sessions / 10),
+		"--resumes", strconv.Itoa(d.sessions / 10), "--connect-rate", "12", "--rate", "20", "--durable",
 	}
+	s := &spread{asked: map[string]int64{}}
+	watching, stop := context.WithCancel(ctx)
+	var group sync.WaitGroup
+	group.Go(func() { d.watchRelays(watching, s) })
 	status, err := d.runLoad(ctx, append(args, "--timeout", "5m"), load)
+	stop()
+	group.Wait()
 	if err != nil || ctx.Err() != nil {
 		return max(status, 1), err
 	}
+	if err := d.awaitShrink(ctx, s); err != nil {
+		return max(status, 1), err
+	}
+	d.verdict = fmt.Sprintf(`%s,"relays_max":%d,"moves":%d,"kills":%d}`, strings.TrimSuffix(d.verdict, "}"), s.most, s.moves(), s.kills)
 	if err := d.cluster.Kubectl(ctx, "get", "guilds,guildshards,pods", "-o", "wide").Run(); err != nil {
 		return max(status, 1), err
 	}
@@ -135,7 +147,7 @@ func (d *demo) audit(ctx context.Context, url string) (int, error) {
 // runLoad runs the load generator and keeps the last line that it prints, the verdict.
 func (d *demo) runLoad(ctx context.Context, args []string, load string) (int, error) {
 	c := d.cluster.Command(ctx, load, args...)
-	c.Stdout = nil
+	c.Stdout, c.Stderr = nil, nil // how it goes the picture shows
 	out, err := c.StdoutPipe()
 	if err != nil {
 		return 1, err

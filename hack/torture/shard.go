@@ -233,34 +233,41 @@ func (s *shard) gone() {
 	s.client.CloseIdleConnections()
 }
 
-// tail passes on what a process prints, and remembers its last words.
+// tail passes on what a process prints, up to a limit, and remembers its first and its last words.
 type tail struct {
 	to io.Writer
 
-	mu   sync.Mutex
-	last []byte
+	mu          sync.Mutex
+	first, last []byte
+	passed      int
 }
 
 const (
 	tailSize  = 2000 // bytes that are shown
 	tailBytes = 64 << 10
+	// maxPassed is how much of one process goes to the log: a broken server can print without end.
+	maxPassed = 16 << 20
 )
 
 func (t *tail) Write(b []byte) (int, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	t.first = append(t.first, b[:min(len(b), tailBytes-len(t.first))]...)
 	t.last = append(t.last, b...)
 	if len(t.last) > 2*tailBytes {
 		t.last = append(t.last[:0], t.last[len(t.last)-tailBytes:]...)
 	}
+	if t.passed += len(b); t.passed > maxPassed {
+		return len(b), nil
+	}
 	return t.to.Write(b)
 }
 
-// says tells whether the process has printed a text.
+// says tells whether the process has printed a text, first or last.
 func (t *tail) says(text string) bool {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	return bytes.Contains(t.last, []byte(text))
+	return bytes.Contains(t.first, []byte(text)) || bytes.Contains(t.last, []byte(text))
 }
 
 func (t *tail) text() string {

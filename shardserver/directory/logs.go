@@ -17,6 +17,7 @@ func (d *Directory) open(object *v1.Guild, c guild.Config) (*guild.Guild, error)
 	if err != nil {
 		return nil, err
 	}
+	log.Retain(c.Retention)
 	c.Log = log
 	return guild.Open(c)
 }
@@ -53,7 +54,6 @@ func (d *Directory) openLog(object *v1.Guild, c guild.Config) (guildlog.Log, err
 			return nil, err
 		}
 	}
-	log.Retain(c.Retention)
 	return log, nil
 }
 

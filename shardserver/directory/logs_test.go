@@ -36,7 +36,7 @@ func newShard(t *testing.T) *shard {
 func (s *shard) start() {
 	logger := slog.New(slog.DiscardHandler)
 	disk, err := store.Open("data", store.Options{
-		FS: s.disk, Logger: logger, Retention: guildlog.Retention{Bytes: 1 << 20, Age: time.Hour},
+		FS: s.disk, Logger: logger, Retention: guildlog.Retention{Bytes: 1 << 10, Age: time.Hour}, // until the GuildShard's is known
 	})
 	if err != nil {
 		s.t.Fatal(err)
@@ -117,6 +117,22 @@ func TestALogOutlivesTheProcess(t *testing.T) {
 	}
 	if r := s.Report("", 0); !r.Durable || r.DiskFull || len(r.Guilds) != 1 {
 		t.Errorf("%+v", r)
+	}
+}
+
+// TestRetentionOfTheGuildShard: it alone counts, also while a log is opened.
+func TestRetentionOfTheGuildShard(t *testing.T) {
+	s := newShard(t)
+	s.Apply(object(1, "a"))
+	for range 200 {
+		s.publish(1)
+	}
+	s.restart()
+	s.Apply(object(1, "a"))
+	s.publish(1)
+	log, err := s.o.Store.Log(idOf(1), guildlog.ID{})
+	if err != nil || !log.Resumable(guildlog.First) {
+		t.Errorf("what the retention keeps was dropped, %v", err)
 	}
 }
 

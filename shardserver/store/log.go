@@ -21,8 +21,7 @@ const (
 
 // Log is a guild's log on disk, a guildlog.Log. Retention drops whole blocks of records, which take up to a
 // sixteenth of the bounds and one record: so much sooner than they have to, records go for the bytes, and so
-// much later for their age. It is applied when something is appended, when it is set and when the
-// log is opened.
+// much later for their age. It is applied when something is appended and when it is set.
 //
 // Invariants:
 //   - Records with numbers behind dropped and up to last are on disk, synced, and each holds the end of the
@@ -52,7 +51,8 @@ func (s *Store) newLog(id Identity) *Log {
 	return &Log{s: s, id: id, head: head{Log: id.Log}, retention: s.o.Retention}
 }
 
-// load reads the head, checks it against the records, and applies the retention.
+// load reads the head and checks it against the records. It drops nothing: what retention the log is to have
+// its opener may be about to say.
 func (l *Log) load() error {
 	value, closer, err := l.s.db.Get(l.key(tableHead))
 	if err != nil {
@@ -90,7 +90,6 @@ func (l *Log) load() error {
 			ErrCorrupt, l.head.Dropped, l.head.Last, oldest, newest)
 	}
 	l.publish(l.head)
-	l.drop()
 	return nil
 }
 

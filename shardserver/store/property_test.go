@@ -169,9 +169,11 @@ func TestStoreIsLikeMaps(t *testing.T) {
 				t.Fatal(err)
 			}
 			for guild := range model {
-				if l := logOf(guild); l.retention != model[guild].retention {
+				l := logOf(guild)
+				if l.retention != model[guild].retention {
 					t.Fatal("not the default retention")
 				}
+				l.Retain(l.retention) // who opens a log says what it is to keep
 				retain(model[guild])
 			}
 		}
