@@ -14,7 +14,6 @@ import (
 	"time"
 
 	"guildhall.dev/guildhall/hack/load/generator"
-	"guildhall.dev/guildhall/shardserver/store"
 )
 
 const (
@@ -26,8 +25,8 @@ const (
 	// restEvery is after how many of the things done to the server all sessions have to be there.
 	restEvery = 20
 	diskSize  = 512 << 20
-	// keptFree is what a shard server keeps free of it.
-	keptFree = store.DefaultReserve
+	// keptFree is what a shard server keeps free of it: of one so small, an eighth.
+	keptFree = diskSize / 8
 )
 
 // deed is something that is done to the server.

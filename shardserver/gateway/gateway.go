@@ -42,6 +42,9 @@ const (
 	// answerTime is how long a client that is held may take to take the answer to its upgrade.
 	answerTime = 10 * time.Second
 
+	// pauseTime is from when on the process is said to have stood still: it was stopped, or its machine.
+	pauseTime = 2 * time.Second
+
 	restarting = "the server restarts"
 )
 
@@ -289,8 +292,10 @@ func (g *Gateway) quitting() bool {
 
 // sweep closes the connections of clients that have not been heard of in time, until the Gateway quits.
 func (g *Gateway) sweep() {
-	tick := time.NewTicker(max(min(g.times.identify, g.times.grace)/8, time.Millisecond))
+	period := max(min(g.times.identify, g.times.grace)/8, time.Millisecond)
+	tick := time.NewTicker(period)
 	defer tick.Stop()
+	last := time.Now().UnixMilli()
 	for {
 		select {
 		case <-tick.C:
@@ -298,11 +303,27 @@ func (g *Gateway) sweep() {
 			return
 		}
 		now := time.Now().UnixMilli()
+		// While the process stood still it heard nobody: that is no client's fault.
+		if pause := now - last - 2*period.Milliseconds(); pause > pauseTime.Milliseconds() {
+			g.forgive(pause)
+		}
+		last = now
 		g.mu.Lock()
 		for c := range g.conns {
 			c.expire(now)
 		}
 		g.mu.Unlock()
+	}
+}
+
+// forgive gives every client so many milliseconds more.
+func (g *Gateway) forgive(pause int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for c := range g.conns {
+		if e := c.expires.Load(); e != 0 {
+			c.expires.CompareAndSwap(e, e+pause)
+		}
 	}
 }
 

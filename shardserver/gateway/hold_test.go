@@ -376,3 +376,15 @@ func TestAHolderThatDoesNotSpeakIsAskedAgain(t *testing.T) {
 		})
 	}
 }
+
+// TestForgive: a pause of the process is not counted against clients.
+func TestForgive(t *testing.T) {
+	g := New(Options{})
+	waits, free := &connection{gateway: g}, &connection{gateway: g}
+	waits.expires.Store(1000)
+	g.conns[waits], g.conns[free] = struct{}{}, struct{}{}
+	g.forgive(500)
+	if waits.expires.Load() != 1500 || free.expires.Load() != 0 {
+		t.Errorf("%d and %d", waits.expires.Load(), free.expires.Load())
+	}
+}

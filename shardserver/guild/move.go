@@ -47,6 +47,11 @@ func (g *Guild) Move(o Order) bool {
 	m := &g.mover
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	select {
+	case <-g.closed: // Close stops the mover behind this
+		return false
+	default:
+	}
 	switch {
 	case o.Round < m.order.Round:
 		return false

@@ -94,7 +94,7 @@ func (s *Store) listener() *pebble.EventListener {
 	return &pebble.EventListener{
 		BackgroundError: func(err error) {
 			s.background.Store(&err)
-			s.o.Logger.Error("the store's background work", "dir", s.dir, "error", err)
+			s.o.Logger.Error("the store's background work", "dir", s.dir, "error", err.Error())
 		},
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
 			s.o.Logger.Error("the store is corrupt", "dir", s.dir, "detail", info.String())

@@ -173,7 +173,7 @@ func (l *Log) Commit(c guildlog.Commit) error {
 		return err
 	}
 	defer l.s.leave()
-	if err := l.s.room(l.s.o.Reserve / 2); err != nil {
+	if err := l.s.room(l.s.o.Reserve/2, 2*reservePart); err != nil {
 		l.drop() // so that a full disk does not stay so for ever
 		return err
 	}
@@ -296,7 +296,7 @@ func (l *Log) drop() {
 	if err != nil {
 		err = fmt.Errorf("retention of guild %s: %w", l.id.Guild, err)
 		l.s.background.Store(&err)
-		l.s.o.Logger.Error("the store's retention", "guild", l.id.Guild, "error", err)
+		l.s.o.Logger.Error("the store's retention", "guild", l.id.Guild, "error", err.Error())
 	}
 }
 

@@ -28,6 +28,7 @@
 //	                        not known any more, and only the next Open finds out. Failed tells it at once; the
 //	                        process is to end without answering. Writes under way may never return, and
 //	                        Pebble may end the process itself
+//	a disk without room     Open fails with ErrFull when less than 64 MiB, the reserve, or a sixteenth of it is free
 //	a full disk             with less than Options.Reserve free, Room fails with guildlog.ErrFull before anything is
 //	                        written; reading goes on, and so does retention, which makes room again
 //	a slow disk             writes wait; Stats counts writes that take longer than 5 s
@@ -73,12 +74,15 @@ var (
 )
 
 const (
-	// DefaultReserve is how much of the disk is kept free.
+	// DefaultReserve is how much of the disk is kept free; of a small one, no more than a part of reservePart.
 	DefaultReserve = 256 << 20
+	reservePart    = 8
 	// DefaultCache is the memory for blocks read from disk.
 	DefaultCache = 32 << 20
 	// memtable bounds what Open has to replay, and with it how long it takes.
 	memtable = 16 << 20
+	// openRoom is what Open needs to be free: what it replays it writes to tables, and Pebble tries that without end.
+	openRoom = 4 * memtable
 )
 
 // Options of a store. The zero value is good but for Retention.
@@ -190,6 +194,9 @@ func (s *Store) open() (err error) {
 			err = errors.Join(err, s.lock.Close())
 		}
 	}()
+	if err := s.room(min(openRoom, s.o.Reserve), 2*reservePart); err != nil {
+		return err
+	}
 	if err := checkMarker(s.fs, s.dir); err != nil {
 		return err
 	}
@@ -371,7 +378,7 @@ func (s *Store) birth(id Identity, first guildlog.Commit, again bool) (*Log, err
 	if exists && !again {
 		return nil, fmt.Errorf("%w: guild %s", ErrLogExists, guild)
 	}
-	if err := s.room(s.o.Reserve); err != nil {
+	if err := s.room(s.o.Reserve, reservePart); err != nil {
 		return nil, err
 	}
 	id.Log, id.Epoch = guildlog.NewID(true), 1
@@ -447,15 +454,23 @@ func (s *Store) Room() error {
 	if err := s.Err(); err != nil {
 		return err
 	}
-	return s.room(s.o.Reserve)
+	return s.room(s.o.Reserve, reservePart)
 }
 
-func (s *Store) room(reserve uint64) error {
+// room says whether so much is free, or of a small disk so large a part of it.
+func (s *Store) room(reserve, part uint64) error {
 	usage, err := s.fs.GetDiskUsage(s.dir)
-	if err == nil && usage.AvailBytes < reserve {
-		return fmt.Errorf("%w: %d bytes are free, %d are kept free", guildlog.ErrFull, usage.AvailBytes, s.o.Reserve)
+	if err == nil && usage.AvailBytes < keptFree(usage, reserve, part) {
+		return fmt.Errorf("%w: %d bytes are free, %d are kept free", guildlog.ErrFull, usage.AvailBytes, keptFree(usage, reserve, part))
 	}
 	return nil
+}
+
+func keptFree(usage vfs.DiskUsage, reserve, part uint64) uint64 {
+	if usage.TotalBytes > 0 {
+		reserve = min(reserve, usage.TotalBytes/part)
+	}
+	return reserve
 }
 
 // Stats are the numbers of a store since it was opened.
@@ -493,7 +508,7 @@ func (s *Store) Stats() (Stats, error) {
 		st.Background = *err
 	}
 	if usage, err := s.fs.GetDiskUsage(s.dir); err == nil {
-		st.DiskFree, st.Full = usage.AvailBytes, usage.AvailBytes < s.o.Reserve
+		st.DiskFree, st.Full = usage.AvailBytes, usage.AvailBytes < keptFree(usage, s.o.Reserve, reservePart)
 	}
 	m := s.db.Metrics()
 	st.DiskUsed = m.DiskSpaceUsage()

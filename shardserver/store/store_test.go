@@ -501,3 +501,17 @@ func TestANewerFormatIsRefused(t *testing.T) {
 		t.Errorf("opening: %v", err)
 	}
 }
+
+func TestWhatIsKeptFree(t *testing.T) {
+	for name, test := range map[string]struct {
+		total, want uint64
+	}{
+		"of a large disk":                    {100 << 30, DefaultReserve},
+		"of a small one":                     {64 << 20, 8 << 20},
+		"where the file system does not say": {0, DefaultReserve},
+	} {
+		if got := keptFree(vfs.DiskUsage{TotalBytes: test.total}, DefaultReserve, reservePart); got != test.want {
+			t.Errorf("%s: %d, expected %d", name, got, test.want)
+		}
+	}
+}
