@@ -299,13 +299,19 @@ type Attached struct {
 	Random uint64       `json:"random"`
 	User   snowflake.ID `json:"user"`
 	Nonce  uint64       `json:"nonce"`
+	// Age is for how long it has been there, in milliseconds: clocks differ.
+	Age int64 `json:"age,omitempty"`
 }
 
-// Reattach registers sessions that the follower has had before its link came up.
+// Reattach registers sessions that the follower has had before its link came up. Those that have come back
+// elsewhere meanwhile are ended.
 func (f *Feed) Reattach(sessions []Attached) {
 	now := f.g.now().UnixMilli()
 	for _, s := range sessions {
-		f.g.sessions.attach(s.Random, attached{feed: f, user: s.User, nonce: s.Nonce, since: now})
+		a := attached{feed: f, user: s.User, nonce: s.Nonce, since: now - s.Age}
+		if !f.g.sessions.attachUnlessNewer(s.Random, a) {
+			f.send(Evict{Random: s.Random, Nonce: s.Nonce})
+		}
 	}
 }
 

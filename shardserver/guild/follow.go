@@ -12,6 +12,8 @@ import (
 type Upstream interface {
 	// Attach returns when the guild has been told of the attachment's Answer, with the attachment's nonce.
 	Attach(ctx context.Context, a Attachment) (nonce uint64, err error)
+	// Settle says that an attachment that was answered is among AttachedHere. It does not wait.
+	Settle(nonce uint64)
 	// Detach does not wait.
 	Detach(d Detachment)
 }
@@ -85,12 +87,13 @@ func (g *Guild) TakeEvict(e Evict) {
 	}
 }
 
-// Attached are the sessions that are here.
+// AttachedHere are the sessions that are here.
 func (g *Guild) AttachedHere() (list []Attached) {
+	now := g.now().UnixMilli()
 	g.sessions.mu.Lock()
 	defer g.sessions.mu.Unlock()
 	for random, a := range g.sessions.sessions {
-		list = append(list, Attached{Random: random, User: a.user, Nonce: a.nonce})
+		list = append(list, Attached{Random: random, User: a.user, Nonce: a.nonce, Age: max(0, now-a.since)})
 	}
 	return list
 }

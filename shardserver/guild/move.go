@@ -26,7 +26,7 @@ type Order struct {
 	Leave int
 	// All has every session leave, also those that come later.
 	All bool
-	// PerSecond bounds how many are asked in a second; at least 1.
+	// PerSecond bounds how many are asked in a second; 0: none for now.
 	PerSecond int
 	// Deadline is when asking ends; the zero time: never.
 	Deadline time.Time
@@ -39,6 +39,7 @@ type mover struct {
 	began   int64 // when the round's first order came, Unix milliseconds
 	asked   int   // in the round
 	running bool
+	final   bool // no other order is taken any more
 	quit    chan struct{}
 }
 
@@ -47,18 +48,33 @@ func (g *Guild) Move(o Order) bool {
 	m := &g.mover
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.final || o.Round < m.order.Round {
+		return false
+	}
+	return g.begin(o)
+}
+
+// Drain has all sessions leave, and takes no other order any more.
+func (g *Guild) Drain(perSecond int) {
+	m := &g.mover
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.final = true
+	g.begin(Order{Round: m.order.Round, All: true, PerSecond: perSecond})
+}
+
+// begin goes on with an order. mover.mu is held.
+func (g *Guild) begin(o Order) bool {
+	m := &g.mover
 	select {
 	case <-g.closed: // Close stops the mover behind this
 		return false
 	default:
 	}
-	switch {
-	case o.Round < m.order.Round:
-		return false
-	case o.Round > m.order.Round || m.began == 0:
+	o.PerSecond = max(o.PerSecond, 0)
+	if o.Round > m.order.Round || m.began == 0 {
 		m.began, m.asked = g.now().UnixMilli(), 0
 	}
-	o.PerSecond = max(o.PerSecond, 1)
 	m.order = o
 	if !m.running {
 		m.running, m.quit = true, make(chan struct{})
@@ -103,6 +119,7 @@ func (g *Guild) move(quit chan struct{}) {
 	asked := map[*fanout.Session]bool{}
 	var late []leaving
 	var due float64
+	last := time.Now()
 	for {
 		select {
 		case <-quit:
@@ -110,6 +127,8 @@ func (g *Guild) move(quit chan struct{}) {
 		case <-tick.C:
 		}
 		now := time.Now()
+		since := now.Sub(last) // a late tick has more to do
+		last = now
 		for len(late) > 0 && !now.Before(late[0].until) {
 			late[0].session.Close(protocol.CloseFrame(protocol.CloseUnknownError, "moved"))
 			delete(asked, late[0].session)
@@ -132,7 +151,7 @@ func (g *Guild) move(quit chan struct{}) {
 		if over {
 			continue
 		}
-		due = min(due+float64(o.PerSecond)*moveTick.Seconds(), float64(o.PerSecond))
+		due = min(due+float64(o.PerSecond)*since.Seconds(), float64(o.PerSecond))
 		n := min(int(due), want)
 		if n == 0 {
 			continue

@@ -95,18 +95,46 @@ func (r *registry) joined(user snowflake.ID) bool {
 func (r *registry) attach(random uint64, a attached) {
 	r.mu.Lock()
 	old, found := r.sessions[random]
+	r.replace(random, old, a)
+	r.mu.Unlock()
 	if found {
+		old.evict(random, a)
+	}
+}
+
+// attachUnlessNewer is attach of a session that has been there for some time: when the same one has come since on
+// another connection, it returns false.
+func (r *registry) attachUnlessNewer(random uint64, a attached) bool {
+	r.mu.Lock()
+	old, found := r.sessions[random]
+	if found && old.since > a.since && (old.session != nil || old.nonce != a.nonce) {
+		r.mu.Unlock()
+		return false
+	}
+	r.replace(random, old, a)
+	r.mu.Unlock()
+	if found {
+		old.evict(random, a)
+	}
+	return true
+}
+
+// replace registers a session instead of an old one, which may be none. r.mu is held.
+func (r *registry) replace(random uint64, old, a attached) {
+	if old.user != 0 {
 		r.count(old, -1)
 	}
 	r.count(a, 1)
 	r.sessions[random] = a
-	r.mu.Unlock()
+}
+
+// evict ends a session that another has replaced.
+func (a attached) evict(random uint64, by attached) {
 	switch {
-	case !found:
-	case old.session != nil:
-		old.session.End(errTakenOver)
-	case old.feed != a.feed:
-		old.feed.send(Evict{Random: random, Nonce: old.nonce})
+	case a.session != nil:
+		a.session.End(errTakenOver)
+	case a.feed != by.feed && a.nonce != by.nonce:
+		a.feed.send(Evict{Random: random, Nonce: a.nonce})
 	}
 }
 
@@ -274,6 +302,9 @@ func (g *Guild) follow(c Client, nonce uint64, start fanout.Start) error {
 		return err
 	}
 	g.sessions.attach(c.Random, attached{session: c.Session, user: c.User.ID, nonce: nonce, since: g.now().UnixMilli()})
+	if g.upstream != nil {
+		g.upstream.Settle(nonce)
+	}
 	return nil
 }
 

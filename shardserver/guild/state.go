@@ -117,7 +117,7 @@ func (s *staged) member(id snowflake.ID) member {
 }
 
 func (s *staged) setMember(id snowflake.ID, m member) {
-	if s.below.keeps != nil && !s.below.keeps(id) {
+	if s.below.keeps != nil && s.member(id).object == nil && !s.below.keeps(id) {
 		return
 	}
 	if s.members == nil {

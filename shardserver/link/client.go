@@ -63,10 +63,11 @@ type Client struct {
 	nonce   uint64
 }
 
-// pending is a session that waits to be let in.
+// pending is a session that waits to be let in, or was let in and is not yet among those that the guild has.
 type pending struct {
 	guild.Attachment
-	done chan error
+	answered bool
+	done     chan error
 }
 
 // NewClient makes a Client.
@@ -312,20 +313,28 @@ func (r *receiver) state(content []byte) error {
 
 // up makes this the link that others write to, and tells the shard what is here.
 func (r *receiver) up() error {
-	if list := r.guild.AttachedHere(); len(list) > 0 {
-		for len(list) > 0 {
-			n := min(len(list), 4096)
-			if err := write(r.conn, jsonPart(nil, partSessions, list[:n])); err != nil {
-				return err
-			}
-			list = list[n:]
-		}
-	} else if err := write(r.conn, jsonPart(nil, partSessions, []guild.Attached{})); err != nil {
-		return err
-	}
+	// Who leaves meanwhile waits to say so until the shard has the list.
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	list := r.guild.AttachedHere()
 	for _, p := range r.pending {
+		if p.answered {
+			list = append(list, guild.Attached{Random: p.Random, User: p.User.ID, Nonce: p.Nonce})
+		}
+	}
+	for {
+		n := min(len(list), maxList)
+		if err := write(r.conn, jsonPart(nil, partSessions, append([]guild.Attached{}, list[:n]...))); err != nil {
+			return err
+		}
+		if list = list[n:]; n < maxList {
+			break
+		}
+	}
+	for _, p := range r.pending {
+		if p.answered {
+			continue
+		}
 		if err := write(r.conn, jsonPart(nil, partAttach, p.Attachment)); err != nil {
 			return err
 		}
@@ -340,14 +349,15 @@ func (c *Client) answer(a guild.Answer) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	p := c.pending[a.Nonce]
-	delete(c.pending, a.Nonce)
 	switch {
 	case p == nil && a.Error == "": // given up meanwhile
 		c.send(jsonPart(nil, partDetach, guild.Detachment{Random: a.Random, Nonce: a.Nonce}))
-	case p == nil:
+	case p == nil || p.answered:
 	case a.Error != "":
+		delete(c.pending, a.Nonce)
 		p.done <- errors.New(a.Error)
 	default:
+		p.answered = true
 		p.done <- nil
 	}
 }
@@ -358,7 +368,9 @@ func (c *Client) failPending() {
 	defer c.mu.Unlock()
 	for nonce, p := range c.pending {
 		delete(c.pending, nonce)
-		p.done <- guild.ErrClosed
+		if !p.answered {
+			p.done <- guild.ErrClosed
+		}
 	}
 }
 
@@ -379,7 +391,7 @@ func (c *Client) Attach(ctx context.Context, a guild.Attachment) (nonce uint64, 
 	}
 	c.nonce++
 	a.Nonce = c.nonce
-	p := &pending{a, make(chan error, 1)}
+	p := &pending{Attachment: a, done: make(chan error, 1)}
 	c.pending[a.Nonce] = p
 	c.send(jsonPart(nil, partAttach, a))
 	c.mu.Unlock()
@@ -391,13 +403,24 @@ func (c *Client) Attach(ctx context.Context, a guild.Attachment) (nonce uint64, 
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	delete(c.pending, a.Nonce)
+	if p.answered { // a moment ago
+		c.send(jsonPart(nil, partDetach, guild.Detachment{Random: a.Random, Nonce: a.Nonce}))
+	}
 	return 0, ctx.Err()
+}
+
+// Settle implements guild.Upstream.
+func (c *Client) Settle(nonce uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	delete(c.pending, nonce)
 }
 
 // Detach implements guild.Upstream.
 func (c *Client) Detach(d guild.Detachment) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	delete(c.pending, d.Nonce)
 	c.send(jsonPart(nil, partDetach, d))
 }
 

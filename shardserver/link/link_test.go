@@ -572,6 +572,100 @@ func TestOrdersAndReports(t *testing.T) {
 	eventually(t, "the link is down", func() bool { return !h.server.Relays(uid)[0].Attached })
 }
 
+// TestTheNewestConnectionStays: a session has come back elsewhere while a relay had no link, and the relay did not notice.
+func TestTheNewestConnectionStays(t *testing.T) {
+	h := newHall(t, true)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	follow := func() *guild.Feed {
+		feed, _ := h.guild.NewFeed(h.guild.LogID(), h.guild.Counts().LastSeq)
+		t.Cleanup(feed.Close)
+		return feed
+	}
+	evicted := func(feed *guild.Feed) (list []guild.Evict) {
+		t.Helper()
+		feed.Tell(guild.Order{})
+		for {
+			items, err := feed.Next(ctx)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, item := range items {
+				switch m := item.Message.(type) {
+				case guild.Evict:
+					list = append(list, m)
+				case guild.Order:
+					return list
+				}
+			}
+		}
+	}
+	a, b := follow(), follow()
+	a.Attach(ctx, guild.Attachment{User: user(1), Random: 7, Nonce: 1})
+	a.Close()
+	b.Attach(ctx, guild.Attachment{User: user(1), Random: 7, Nonce: 2})
+	// The relay's link comes up again.
+	again := follow()
+	again.Reattach([]guild.Attached{{Random: 7, User: userID(1), Nonce: 1, Age: 60_000}, {Random: 8, User: userID(2), Nonce: 3, Age: 60_000}})
+	a.Forget()
+	if got, want := evicted(again), []guild.Evict{{Random: 7, Nonce: 1}}; !slices.Equal(got, want) {
+		t.Errorf("on the relay %v are ended, expected %v", got, want)
+	}
+	if got := evicted(b); got != nil {
+		t.Errorf("elsewhere %v are ended", got)
+	}
+	// The other one's link, too: it has the newer connection.
+	b.Close()
+	former := b
+	b = follow()
+	b.Reattach([]guild.Attached{{Random: 7, User: userID(1), Nonce: 2, Age: 10}})
+	former.Forget()
+	if got := append(evicted(again), evicted(b)...); got != nil {
+		t.Errorf("%v are ended", got)
+	}
+	if c := h.guild.Counts(); c.Sessions != 2 || c.Online != 2 {
+		t.Errorf("%+v", c)
+	}
+}
+
+// TestLeavingWhileTheLinkComesUp: whoever leaves then is not counted for ever.
+func TestLeavingWhileTheLinkComesUp(t *testing.T) {
+	h := newHall(t, true)
+	r := h.relay("r")
+	for range 4 {
+		var clients []*client
+		for n := range 10 {
+			c := newClient(t, r.core, n)
+			c.identify(r.get())
+			clients = append(clients, c)
+		}
+		h.listen.cut()
+		for _, c := range clients {
+			c.Session.End(nil)
+			<-c.ended
+			r.get().Detach(c.Client)
+		}
+		eventually(t, "nobody is left", func() bool { return h.guild.Counts().Sessions == 0 })
+	}
+}
+
+func TestADrainIsNotCalledOff(t *testing.T) {
+	h := newHall(t, true)
+	c := newClient(t, h.core, 1)
+	c.identify(h.guild)
+	if !h.guild.Move(guild.Order{Round: 1, All: true}) {
+		t.Error("an order was not taken")
+	}
+	h.guild.Drain(1000)
+	if h.guild.Move(guild.Order{Round: 2, PerSecond: 1000}) {
+		t.Error("an order was taken behind a drain")
+	}
+	c.has("7 ")
+	if !h.guild.Draining() {
+		t.Error("does not drain")
+	}
+}
+
 func TestWhoIsNotLetIn(t *testing.T) {
 	h := newHall(t, true)
 	dial := func(files *linkcert.Files, path string) string {

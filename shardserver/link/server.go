@@ -167,7 +167,9 @@ func (s *Server) serve(ctx context.Context, conn *websocket.Conn, g *guild.Guild
 					return err
 				}
 				feed.Reattach(list)
-				s.forgetFormer(k, feed)
+				if len(list) < maxList {
+					s.forgetFormer(k, feed)
+				}
 			case partAttach:
 				var a guild.Attachment
 				if err := json.Unmarshal(content, &a); err != nil {

@@ -24,6 +24,8 @@ const (
 	maxMessage = 8 << 20
 	// batchBytes is when a message gets no further parts.
 	batchBytes = 256 << 10
+	// maxList is how many sessions one list has; a shorter one is the last.
+	maxList = 4096
 )
 
 // Parts that the shard sends.
@@ -40,7 +42,7 @@ const (
 // Parts that the relay sends.
 const (
 	partFollow   = 'f' // follow, first
-	partSessions = 's' // []guild.Attached, behind it
+	partSessions = 's' // []guild.Attached, behind it: at most maxList, and the last one fewer
 	partAttach   = 'a' // guild.Attachment
 	partDetach   = 'd' // guild.Detachment
 	partReport   = 'r' // report.Relay

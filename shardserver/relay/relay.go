@@ -169,9 +169,8 @@ func (r *Relay) Drain(ctx context.Context, within time.Duration) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, within)
 	defer cancel()
-	round, _ := g.Moved()
 	asking := max(within-2*time.Second, time.Second) // the last ones need a moment, too
-	g.Move(guild.Order{Round: round, All: true, PerSecond: int(float64(g.Counts().Sessions)/asking.Seconds()) + 1})
+	g.Drain(int(float64(g.Counts().Sessions)/asking.Seconds()) + 1)
 	tick := time.NewTicker(50 * time.Millisecond)
 	defer tick.Stop()
 	for g.Counts().Sessions > 0 {
