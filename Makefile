@@ -127,6 +127,16 @@ torture: ## Kill a shard server under load KILLS times and audit what its client
 	go build -o build/torture/torture ./hack/torture
 	build/torture/torture --shardserver build/torture/shardserver --dir build/torture/run --kills $(KILLS) $(TORTURE)
 
+# How often torture-cluster deletes a shard's pod, and how often that gets a successor while it still runs.
+DELETIONS ?= 30
+SUCCESSORS ?= 20
+
+.PHONY: torture-cluster
+torture-cluster: KILLS = 50
+torture-cluster: ## The same on the local cluster, with 1,000 sessions (KILLS, DELETIONS, SUCCESSORS).
+	go test -count=1 -v -timeout 2h ./hack/e2e -run 'TestShardIsKilled|TestSuccessor|TestLibrariesThroughKills' \
+		-kills $(KILLS) -deletions $(DELETIONS) -successors $(SUCCESSORS) -sessions 1000 -publishers 64
+
 # The seed of all that is random in simulate.
 SEED ?= 1
 
@@ -139,6 +149,12 @@ bench-publish: ## Compare publishing with logs on disk, in memory, and a bare ap
 	$(GO_BUILD) -o build/bench/shardserver ./shardserver
 	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
 	build/bench/bench publish --shardserver build/bench/shardserver --rounds $(ROUNDS) --dir build/bench
+
+.PHONY: bench-restart
+bench-restart: ## How long a killed shard server takes to serve 1,000 guilds with 10,000,000 events on disk (ROUNDS).
+	$(GO_BUILD) -o build/bench/shardserver ./shardserver
+	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
+	build/bench/bench restart --shardserver build/bench/shardserver --rounds $(ROUNDS) --dir build/bench
 
 # How many sessions a guild has in bench-crowd, on which numbers of relays (empty: as many as they need), and for how long.
 CROWD ?= 100000

@@ -5,6 +5,7 @@
 //	bench run            runs all, prints a table
 //	bench crowd          has one guild's sessions on several relays
 //	bench publish        compares publishing with logs on disk and in memory
+//	bench restart        kills a shard server with long logs on disk
 //	bench server SYSTEM  is one of the servers; started by run
 //	bench client         is the sessions and the publisher; started by run
 package main
@@ -42,10 +43,12 @@ func command(ctx context.Context, args []string) error {
 		return crowdCommand(ctx, args[1:])
 	case len(args) >= 1 && args[0] == "publish":
 		return publishCommand(ctx, args[1:])
+	case len(args) >= 1 && args[0] == "restart":
+		return restartCommand(ctx, args[1:])
 	case len(args) == 2 && args[0] == "server":
 		return serverCommand(args[1])
 	case len(args) == 1 && args[0] == "client":
 		return clientCommand(os.Stdin, os.Stdout)
 	}
-	return errors.New("usage: bench run [flags], bench publish [flags], bench crowd [flags], bench server SYSTEM, or bench client")
+	return errors.New("usage: bench run [flags], bench publish [flags], bench restart [flags], bench crowd [flags], bench server SYSTEM, or bench client")
 }

@@ -42,42 +42,62 @@ func (c *cuttable) cut() {
 	c.conn.Close()
 }
 
-func TestDiscordgo(t *testing.T) {
-	namespace := makeNamespace(t)
-	url := guildOn(t, namespace, "shard-a")
-	issue := tokens(t, namespace)
-	pointDiscordgo(url)
+// goBot is a bot of discordgo.
+type goBot struct {
+	*discordgo.Session
+	socket cuttable
+	ready  chan *discordgo.GuildCreate
 
-	bot, err := discordgo.New("Bot " + issue("go", false))
+	mu       sync.Mutex
+	received []string
+	resumed  int
+}
+
+func startGoBot(t *testing.T, url, token string) *goBot {
+	t.Helper()
+	pointDiscordgo(url)
+	session, err := discordgo.New("Bot " + token)
 	if err != nil {
 		t.Fatal(err)
 	}
-	var socket cuttable
-	bot.Dialer = &websocket.Dialer{NetDial: socket.dial}
-	bot.Identify.Intents = discordgo.IntentsGuilds | discordgo.IntentsGuildMessages | discordgo.IntentMessageContent
-	bot.SyncEvents = true
-
-	var mu sync.Mutex
-	var received []string
-	resumed := 0
-	ready := make(chan *discordgo.GuildCreate, 8)
-	bot.AddHandler(func(_ *discordgo.Session, g *discordgo.GuildCreate) { ready <- g })
-	bot.AddHandler(func(_ *discordgo.Session, _ *discordgo.Resumed) {
-		mu.Lock()
-		defer mu.Unlock()
-		resumed++
+	b := &goBot{Session: session, ready: make(chan *discordgo.GuildCreate, 8)}
+	session.Dialer = &websocket.Dialer{NetDial: b.socket.dial}
+	session.Identify.Intents = discordgo.IntentsGuilds | discordgo.IntentsGuildMessages | discordgo.IntentMessageContent
+	session.SyncEvents = true
+	session.AddHandler(func(_ *discordgo.Session, g *discordgo.GuildCreate) { b.ready <- g })
+	session.AddHandler(func(_ *discordgo.Session, _ *discordgo.Resumed) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.resumed++
 	})
-	bot.AddHandler(func(_ *discordgo.Session, m *discordgo.MessageCreate) {
-		mu.Lock()
-		defer mu.Unlock()
-		received = append(received, m.Content)
+	session.AddHandler(func(_ *discordgo.Session, m *discordgo.MessageCreate) {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.received = append(b.received, m.Content)
 	})
-	if err := bot.Open(); err != nil {
+	if err := session.Open(); err != nil {
 		t.Fatal(err)
 	}
-	defer bot.Close()
+	t.Cleanup(func() { session.Close() })
+	return b
+}
 
-	guild := <-ready
+func (b *goBot) messages() []string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return slices.Clone(b.received)
+}
+
+func (b *goBot) resumes() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.resumed
+}
+
+func TestDiscordgo(t *testing.T) {
+	namespace := makeNamespace(t)
+	bot := startGoBot(t, guildOn(t, namespace, "shard-a"), tokens(t, namespace)("go", false))
+	guild := <-bot.ready
 	var names []string
 	var general string
 	for _, c := range guild.Channels {
@@ -99,26 +119,18 @@ func TestDiscordgo(t *testing.T) {
 	}
 	expect := func(want []string) {
 		t.Helper()
-		eventually(t, "discordgo: the messages", func() bool {
-			mu.Lock()
-			defer mu.Unlock()
-			return len(received) >= len(want)
-		})
-		mu.Lock()
-		defer mu.Unlock()
-		if !slices.Equal(received, want) {
+		eventually(t, "discordgo: the messages", func() bool { return len(bot.messages()) >= len(want) })
+		if received := bot.messages(); !slices.Equal(received, want) {
 			t.Errorf("discordgo received %q, expected %q", received, want)
 		}
 	}
 	send(series("first", 50))
 	expect(series("first", 50))
 
-	socket.cut()
+	bot.socket.cut()
 	send(series("missed", 50)) // some while it is away
 	expect(append(series("first", 50), series("missed", 50)...))
-	mu.Lock()
-	defer mu.Unlock()
-	if resumed != 1 {
+	if resumed := bot.resumes(); resumed != 1 {
 		t.Errorf("resumed %d times, expected once", resumed)
 	}
 }

@@ -1,10 +1,26 @@
 package e2e
 
 import (
+	"errors"
+	"flag"
 	"fmt"
+	"math/rand/v2"
 	"os"
+	"slices"
+	"syscall"
 	"testing"
 	"time"
+
+	"guildhall.dev/guildhall/hack/load/generator"
+)
+
+// How much is done to shards; "make torture-cluster" asks for more.
+var (
+	kills      = flag.Int("kills", 3, "how often a shard's process is killed")
+	deletions  = flag.Int("deletions", 2, "how often a shard's pod is deleted")
+	successors = flag.Int("successors", 2, "how often a shard's pod gets a successor while it still runs")
+	sessions   = flag.Int("sessions", 100, "sessions of the guild meanwhile")
+	publishers = flag.Int("publishers", 8, "its publishers")
 )
 
 // durableGuild makes a guild on a shard whose logs are on disk.
@@ -18,22 +34,37 @@ func durableGuild(t *testing.T, namespace string) (url string) {
 	return url
 }
 
-// kill kills a process and waits until another one is ready.
+// durableLoad uses such a guild.
+func durableLoad(t *testing.T, namespace, url string) *load {
+	t.Helper()
+	return startLoad(t, namespace, url, func(o *generator.Options) {
+		o.Sessions, o.Publishers, o.Rate, o.Durable = *sessions, *publishers, 20, true
+	})
+}
+
+// endResumed ends the load, in which no session may have started over.
+func (l *load) endResumed() {
+	l.t.Helper()
+	if r := l.end(); r.Reidentified != 0 || r.Resumed < uint64(*sessions) { //nolint:gosec // not negative
+		l.t.Errorf("%d sessions resumed and %d identified anew", r.Resumed, r.Reidentified)
+	}
+}
+
+// kill kills a shard's process and waits until another one is ready.
 func kill(t *testing.T, namespace, shard string) {
 	t.Helper()
 	process := shardProcess(t, namespace, shard)
 	if err := process.Kill(); err != nil {
 		t.Fatal(err)
 	}
-	awaitRestart(t, namespace, shard, process)
+	awaitReady(t, namespace, shard, process)
 }
 
-func awaitRestart(t *testing.T, namespace, shard string, before *os.Process) {
+// awaitReady waits until the shard is ready with another process than the one before, which has gone.
+func awaitReady(t *testing.T, namespace, shard string, before *os.Process) {
 	t.Helper()
-	eventually(t, "another process", func() bool {
-		now := findShardProcess(namespace, shard)
-		return now != nil && now.Pid != before.Pid
-	})
+	eventually(t, "the process to end", func() bool { return errors.Is(before.Signal(syscall.Signal(0)), os.ErrProcessDone) })
+	eventually(t, "another process", func() bool { return findShardProcess(namespace, shard) != nil })
 	kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod/"+shard+"-0", "--timeout=2m")
 }
 
@@ -41,28 +72,115 @@ func awaitRestart(t *testing.T, namespace, shard string, before *os.Process) {
 // that was acknowledged is lost, nothing comes twice, and no session starts over.
 func TestShardIsKilled(t *testing.T) {
 	namespace := makeNamespace(t)
-	url := durableGuild(t, namespace)
-	run := startLoad(t, namespace, url, "--sessions", "100", "--events", "1600", "--rate", "20", "--publishers", "8", "--durable", "--timeout", "5m")
-	for range 3 {
-		time.Sleep(2 * time.Second) // of use
+	run := durableLoad(t, namespace, durableGuild(t, namespace))
+	for range *kills {
+		run.during(time.Second + rand.N(time.Second))
+		run.Disturb()
 		kill(t, namespace, "shard-a")
 	}
-	for range 2 {
-		time.Sleep(2 * time.Second)
+	for range *deletions {
+		run.during(time.Second + rand.N(time.Second))
 		before := shardProcess(t, namespace, "shard-a")
+		run.Disturb()
 		kubectl(t, "-n", namespace, "delete", "pod", "shard-a-0", "--grace-period=0", "--force")
-		awaitRestart(t, namespace, "shard-a", before)
+		awaitReady(t, namespace, "shard-a", before)
 	}
-	if v := run.verdict(); v.Reidentified != 0 || v.Resumed < 100 {
-		t.Errorf("%d sessions resumed and %d identified anew", v.Resumed, v.Reidentified)
+	run.endResumed()
+}
+
+// TestSuccessor takes a node's kubelet away, and has the shard's pod replaced by another one while its process
+// still runs: every other time it goes on serving, the others it is stopped, and continued when there may be a
+// successor. What it has acknowledged is in the log that the successor serves.
+func TestSuccessor(t *testing.T) {
+	namespace := makeNamespace(t)
+	run := durableLoad(t, namespace, durableGuild(t, namespace))
+	for i := range *successors {
+		run.during(time.Second + rand.N(time.Second))
+		before := shardProcess(t, namespace, "shard-a")
+		uid := podUID(t, namespace, "shard-a-0")
+		run.Disturb()
+		stopped := i%2 == 0
+		if stopped {
+			if err := before.Signal(syscall.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := cluster.Tool(t.Context(), "stop", "kubelet"); err != nil {
+			t.Fatal(err)
+		}
+		kubectl(t, "-n", namespace, "delete", "pod", "shard-a-0", "--grace-period=0", "--force")
+		eventually(t, "a successor", func() bool {
+			now := podUID(t, namespace, "shard-a-0")
+			return now != "" && now != uid
+		})
+		run.during(rand.N(time.Second))
+		if err := cluster.Tool(t.Context(), "start", "kubelet"); err != nil {
+			t.Fatal(err)
+		}
+		if stopped {
+			run.during(rand.N(3 * time.Second))
+			if err := before.Signal(syscall.SIGCONT); err != nil && !errors.Is(err, os.ErrProcessDone) {
+				t.Fatal(err)
+			}
+		}
+		awaitReady(t, namespace, "shard-a", before)
+	}
+	run.endResumed()
+}
+
+// podUID is empty when there is no such pod.
+func podUID(t *testing.T, namespace, name string) string {
+	t.Helper()
+	return kubectl(t, "-n", namespace, "get", "pod", name, "--ignore-not-found", "-o", "jsonpath={.metadata.uid}")
+}
+
+// TestLibrariesThroughKills: bots of two libraries resume by themselves when a shard's process is killed, and get everything once.
+func TestLibrariesThroughKills(t *testing.T) {
+	namespace := makeNamespace(t)
+	apply(t, namespace, "{apiVersion: guildhall.dev/v1, kind: GuildShard, metadata: {name: shard-b}}") // holds clients
+	url := durableGuild(t, namespace)
+	issue := tokens(t, namespace)
+	js := startJSBot(t, url, issue("js", false))
+	js.afterReady()
+	golang := startGoBot(t, url, issue("go", false))
+	run := durableLoad(t, namespace, url)
+	for i := range *kills {
+		run.during(time.Second + rand.N(time.Second))
+		run.Disturb()
+		began := time.Now()
+		kill(t, namespace, "shard-a")
+		back := time.Since(began)
+		eventually(t, "discordgo to resume", func() bool { return golang.resumes() > i })
+		backGo := time.Since(began)
+		js.waitFor("resumed", i+1)
+		t.Logf("after the kill: ready again %v, discordgo resumed at most %v, discord.js %v", back.Round(time.Millisecond),
+			backGo.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+	}
+	run.endResumed()
+	want := run.Acknowledged()
+	contents := func(events []jsEvent) (list []string) {
+		for _, e := range events {
+			list = append(list, e.Content)
+		}
+		return list
+	}
+	eventually(t, fmt.Sprintf("%d messages", want), func() bool { return len(golang.messages()) >= want && len(js.seen("message")) >= want })
+	inGo, inJS := golang.messages(), contents(js.seen("message"))
+	if !slices.Equal(inGo, inJS) {
+		t.Errorf("discordgo received %d messages, discord.js %d, and not the same", len(inGo), len(inJS))
+	}
+	if once := slices.Compact(slices.Sorted(slices.Values(inGo))); len(once) != want || len(inGo) != want {
+		t.Errorf("received %d messages, %d different ones, expected %d", len(inGo), len(once), want)
+	}
+	if n := len(js.seen("identified")); n != 1 {
+		t.Errorf("discord.js identified %d times, expected once", n)
 	}
 }
 
 // TestRelays has a guild in use spread over relays, which come, go and die, and brings it back to its shard.
 func TestRelays(t *testing.T) {
 	namespace := makeNamespace(t)
-	url := durableGuild(t, namespace)
-	run := startLoad(t, namespace, url, "--sessions", "200", "--events", "2400", "--rate", "20", "--publishers", "4", "--durable", "--timeout", "6m")
+	run := durableLoad(t, namespace, durableGuild(t, namespace))
 	status := func(path string) string {
 		t.Helper()
 		return kubectl(t, "-n", namespace, "get", "guild", "lobby", "-o", "jsonpath={.status."+path+"}")
@@ -81,12 +199,12 @@ func TestRelays(t *testing.T) {
 	relays(2)
 	relays(3)
 	victim := kubectl(t, "-n", namespace, "get", "pods", "-l", "app.kubernetes.io/component=relay", "-o", "jsonpath={.items[0].metadata.name}")
+	run.Disturb()
 	kubectl(t, "-n", namespace, "delete", "pod", victim, "--grace-period=0", "--force")
 	relays(3)
+	run.Disturb()
 	kill(t, namespace, "shard-a")
 	relays(1)
 	relays(0)
-	if v := run.verdict(); v.Reidentified != 0 || v.Resumed < 200 {
-		t.Errorf("%d sessions resumed and %d identified anew", v.Resumed, v.Reidentified)
-	}
+	run.endResumed()
 }

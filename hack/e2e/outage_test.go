@@ -1,85 +1,13 @@
 package e2e
 
 import (
-	"bufio"
-	"bytes"
 	"context"
-	"encoding/json"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"guildhall.dev/guildhall/hack/load/generator"
 )
-
-// loadRun is the load generator at work, in a process of its own.
-type loadRun struct {
-	t    *testing.T
-	done chan struct{}
-	out  bytes.Buffer
-	err  error
-}
-
-type verdict struct {
-	Audit                                                 string
-	Sessions, Events, Lost, Doubled, Reordered, Corrupted int
-	Resumed, Reidentified                                 int
-	Error                                                 string
-}
-
-// startLoad audits sessions while events are published at a rate.
-func startLoad(t *testing.T, namespace, url string, args ...string) *loadRun {
-	t.Helper()
-	load := filepath.Join(t.TempDir(), "load")
-	ctx, cancel := context.WithCancel(context.Background())
-	if err := cluster.Command(ctx, "go", "build", "-o", load, "./hack/load").Run(); err != nil {
-		t.Fatal(err)
-	}
-	r := &loadRun{t: t, done: make(chan struct{})}
-	c := cluster.Command(ctx, load, append([]string{
-		"run", "--url", url, "--keys-secret", namespace + "/guildhall-keys", "--kubeconfig", cluster.Kubeconfig,
-	}, args...)...)
-	c.Stdout, c.Stderr = &r.out, os.Stderr
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	go func() {
-		defer close(r.done)
-		r.err = c.Wait()
-	}()
-	t.Cleanup(func() {
-		cancel()
-		<-r.done
-	})
-	return r
-}
-
-// verdict waits for the end of the run.
-func (r *loadRun) verdict() (v verdict) {
-	r.t.Helper()
-	<-r.done
-	var last string
-	lines := bufio.NewScanner(&r.out)
-	for lines.Scan() {
-		last = lines.Text()
-	}
-	if err := json.Unmarshal([]byte(last), &v); err != nil {
-		r.t.Fatalf("last line %q: %v", last, err)
-	}
-	if r.err != nil || v.Audit != "clean" {
-		r.t.Fatalf("audit: %s", last)
-	}
-	r.t.Logf("audit: %s", last)
-	return v
-}
-
-// undisturbed checks that no client lost its connection.
-func (r *loadRun) undisturbed() {
-	r.t.Helper()
-	if v := r.verdict(); v.Resumed != 0 || v.Reidentified != 0 {
-		r.t.Errorf("%d sessions resumed and %d identified anew, expected none", v.Resumed, v.Reidentified)
-	}
-}
 
 // TestControlPlaneOutage takes the operator, and then the Kubernetes API for a minute, away from a
 // guild in use: no client notices.
@@ -87,20 +15,19 @@ func TestControlPlaneOutage(t *testing.T) {
 	namespace := makeNamespace(t)
 	url := guildOn(t, namespace, "shard-a")
 	ctx := context.Background()
-	run := startLoad(t, namespace, url, "--sessions", "100", "--events", "1800", "--rate", "20", "--timeout", "5m")
+	run := startLoad(t, namespace, url, func(o *generator.Options) { o.Rate = 20 })
 
 	kubectl(t, "-n", "guildhall-system", "delete", "pod", "--all", "--wait=false", "--grace-period=0", "--force")
 	if err := cluster.Tool(ctx, "stop", "kube-apiserver"); err != nil {
 		t.Fatal(err)
 	}
-	select {
-	case <-time.After(time.Minute): // that long the API is away
-	case <-run.done:
-	}
+	run.during(time.Minute) // that long the API is away
 	if err := cluster.Tool(ctx, "start", "kube-apiserver"); err != nil {
 		t.Fatal(err)
 	}
-	run.undisturbed()
+	if r := run.end(); r.Resumed != 0 || r.Reidentified != 0 {
+		t.Errorf("%d sessions resumed and %d identified anew, expected none", r.Resumed, r.Reidentified)
+	}
 	if err := cluster.WaitForOperator(ctx); err != nil {
 		t.Fatal(err)
 	}
@@ -127,7 +54,7 @@ func TestShardRestartWithoutOperator(t *testing.T) {
 	kubectl(t, "-n", "guildhall-system", "wait", "--for=delete", "pod", "--all", "--timeout=60s")
 	kubectl(t, "-n", namespace, "delete", "pod", "shard-a-0")
 	kubectl(t, "-n", namespace, "wait", "--for=condition=Ready", "pod/shard-a-0", "--timeout=2m")
-	startLoad(t, namespace, url, "--sessions", "20", "--events", "100").verdict()
+	startLoad(t, namespace, url, func(o *generator.Options) { o.Events = 100 }).end()
 }
 
 // TestReasons shows what kubectl says of a guild that cannot be served.
