@@ -18,6 +18,7 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/cockroachdb/pebble/v2/vfs"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	restclient "k8s.io/client-go/rest"
@@ -68,6 +69,8 @@ type config struct {
 	resolveRelays         func(id snowflake.ID) string // nil: there are no relays
 	logger                *slog.Logger
 	holdTime              time.Duration // gateway.HoldTime when 0
+	// disk is where data is; the operating system's when nil.
+	disk vfs.FS
 	// die ends the process at once.
 	die func(error)
 	// relay: the process is one of a guild's relays.
@@ -173,7 +176,7 @@ func newServer(ctx context.Context, c config) (_ *server, err error) {
 	}
 	s.keys.Store(keys)
 	if c.data != "" {
-		if s.store, err = openStore(ctx, c.data, c.logger); err != nil {
+		if s.store, err = openStore(ctx, c.data, c.disk, c.logger); err != nil {
 			return nil, err
 		}
 		defer func() {
@@ -319,8 +322,11 @@ func (s *server) run(ctx context.Context) (err error) {
 const lockTime = time.Minute
 
 // openStore opens the store when no other process has it open any more.
-func openStore(ctx context.Context, dir string, logger *slog.Logger) (*store.Store, error) {
-	o := store.Options{Retention: guildlog.Retention{Bytes: directory.DefaultRetentionBytes, Age: directory.DefaultRetentionAge}, Logger: logger}
+func openStore(ctx context.Context, dir string, disk vfs.FS, logger *slog.Logger) (*store.Store, error) {
+	o := store.Options{
+		FS: disk, Logger: logger,
+		Retention: guildlog.Retention{Bytes: directory.DefaultRetentionBytes, Age: directory.DefaultRetentionAge},
+	}
 	for deadline := time.Now().Add(lockTime); ; {
 		s, err := store.Open(dir, o)
 		if !errors.Is(err, store.ErrLocked) || time.Now().After(deadline) {

@@ -35,7 +35,12 @@ import (
 	"guildhall.dev/guildhall/shardserver/token"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(failingDisk); dir != "" {
+		serveOnFailingDisk(dir)
+	}
+	goleak.VerifyTestMain(m)
+}
 
 const (
 	guildID  = "1100000000000000001"
@@ -68,8 +73,16 @@ spec: {id: %q, access: {join: Open}}
 	if err := os.WriteFile(file, []byte(manifest), 0o600); err != nil {
 		t.Fatal(err)
 	}
+	c := serverIn(dir)
+	c.data = ""
+	return c
+}
+
+// serverIn is the config of a server whose files are in a folder.
+func serverIn(dir string) config {
 	return config{
-		file: file, keysDir: filepath.Join(dir, "keys"), listen: "127.0.0.1:0", listenTLS: "127.0.0.1:0", adminListen: "127.0.0.1:0",
+		file: filepath.Join(dir, "guild.yaml"), keysDir: filepath.Join(dir, "keys"), data: filepath.Join(dir, "data"),
+		listen: "127.0.0.1:0", listenTLS: "127.0.0.1:0", adminListen: "127.0.0.1:0",
 		resolvePod: func(string) string { return "127.0.0.1:1" }, logger: slog.New(slog.DiscardHandler),
 	}
 }

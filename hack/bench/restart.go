@@ -149,9 +149,9 @@ func do(r *http.Request) error {
 }
 
 // untilOK repeats a request until it is answered with success, for a minute at most.
-func untilOK(ctx context.Context, make func() (*http.Request, error)) error {
+func untilOK(ctx context.Context, request func() (*http.Request, error)) error {
 	for began := time.Now(); ; {
-		r, err := make()
+		r, err := request()
 		if err != nil {
 			return err
 		}
