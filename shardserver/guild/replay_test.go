@@ -9,9 +9,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -19,6 +21,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/guildlog"
 	"guildhall.dev/guildhall/shardserver/protocol"
 	"guildhall.dev/guildhall/shardserver/snowflake"
+	"guildhall.dev/guildhall/shardserver/store"
 )
 
 // hearer is a client that resumes or identifies, and what it is sent.
@@ -145,6 +148,64 @@ func (h *hall) resume(user int, seq uint64) (c *hearer, fresh bool, err error) {
 }
 
 func (h *hall) resumed(last uint64) string { return fmt.Sprint("RESUMED ", last) }
+
+// TestTheClockJumps: however the clock goes, what is published is numbered and heard in order, and a resume either gets
+// all that followed or is told that it cannot.
+func TestTheClockJumps(t *testing.T) {
+	for name, newLog := range map[string]func(t *testing.T, now func() time.Time) guildlog.Log{
+		"in memory": func(_ *testing.T, now func() time.Time) guildlog.Log { return guildlog.NewMemory(retention, now) },
+		"on disk":   func(t *testing.T, now func() time.Time) guildlog.Log { return onDisk(t, store.Options{Now: now}) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var offset atomic.Int64
+			now := func() time.Time { return time.Now().Add(time.Duration(offset.Load())) }
+			log := newLog(t, now)
+			h := &hall{t: t, log: log}
+			h.Guild = open(t, log, func(c *Config) { c.Now, h.core = now, c.Core })
+			base := h.join(1)
+			live := newHearer(t, h.core, 1)
+			if err := h.Identify(context.Background(), live.client, func(Snapshot) {}); err != nil {
+				t.Fatal(err)
+			}
+			random := rand.New(rand.NewPCG(1, 2))
+			kept := 0
+			for i := range 300 {
+				jumps := []time.Duration{0, 0, 0, time.Second, -time.Second, 50 * time.Minute, -50 * time.Minute, 30 * time.Hour, -30 * time.Hour}
+				offset.Add(int64(jumps[random.IntN(len(jumps))]))
+				key := fmt.Sprint("key ", i)
+				first, err := h.Publish(context.Background(), key, []Event{event("MESSAGE_CREATE", `{}`)})
+				if err != nil {
+					t.Fatal(err)
+				}
+				last := base + uint64(i) + 1
+				if again, err := h.Publish(context.Background(), key, []Event{event("MESSAGE_CREATE", `{}`)}); err != nil || again[0] != first[0] || again[0] != last {
+					t.Fatalf("%v, then %v, %v, expected %d", first, again, err, last)
+				}
+				live.hears(fmt.Sprint("MESSAGE_CREATE ", last))
+				from := base + random.Uint64N(last-base)
+				other := newHearer(t, h.core, 1)
+				other.client.Random = 99
+				err = h.Resume(context.Background(), other.client, Resumption{Log: log.ID(), Base: base, Seq: from}, func(Snapshot) {
+					t.Error("started afresh")
+				})
+				switch {
+				case err == nil:
+					kept++
+					for n := from + 1; n <= last; n++ {
+						other.hears(fmt.Sprint("MESSAGE_CREATE ", n))
+					}
+					other.hears(h.resumed(last))
+				case !errors.Is(err, ErrNotResumable):
+					t.Fatal(err)
+				}
+				other.client.Session.End(nil)
+			}
+			if kept < 30 {
+				t.Errorf("%d resumes of 300 were possible", kept)
+			}
+		})
+	}
+}
 
 // TestResumeBeyondTheWindow: what the stream does not keep is made anew of the log.
 func TestResumeBeyondTheWindow(t *testing.T) { onEveryLog(t, testResumeBeyondTheWindow) }
