@@ -134,7 +134,7 @@ SUCCESSORS ?= 20
 .PHONY: torture-cluster
 torture-cluster: KILLS = 50
 torture-cluster: ## The same on the local cluster, with 1,000 sessions (KILLS, DELETIONS, SUCCESSORS).
-	go test -count=1 -v -timeout 2h ./hack/e2e -run 'TestShardIsKilled|TestSuccessor|TestLibrariesThroughKills' \
+	go test -count=1 -v -timeout 2h ./hack/e2e -run 'TestShardIsKilled|TestSuccessor' \
 		-kills $(KILLS) -deletions $(DELETIONS) -successors $(SUCCESSORS) -sessions 1000 -publishers 64
 
 # The seed of all that is random in simulate.

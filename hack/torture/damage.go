@@ -25,7 +25,6 @@ const (
 	fateRefused  = "refused"  // the server did not start, or does not serve the guild
 	fateReading  = "reading"  // it serves, but does not give the log to a session that asks for all of it
 	fateHarmless = "harmless" // it serves the whole log
-	fateCut      = "cut"      // it serves the log without its last part: damage that looks like a torn end
 	fateHole     = "hole"     // it serves another log than there was: that must not be
 	fateUnclear  = "unclear"  // it does not serve, and does not say why: nor must that
 )
@@ -51,18 +50,15 @@ func (t *tormentor) damage(ctx context.Context) error {
 		if err := errors.Join(os.RemoveAll(t.shard.data), os.CopyFS(t.shard.data, os.DirFS(data))); err != nil {
 			return err
 		}
-		what, mayCut := "nothing damaged", false
+		what := "nothing damaged"
 		if i > 0 {
 			var err error
-			if what, mayCut, err = t.spoil(t.shard.data); err != nil {
+			if what, err = t.spoil(t.shard.data); err != nil {
 				return err
 			}
 			t.report.Damages++
 		}
 		fate, log, err := t.fate(ctx, whole)
-		if fate == fateCut && !mayCut {
-			err = fmt.Errorf("%w at its end, %d records of %d", errHole, len(log), len(whole))
-		}
 		switch {
 		case i > 0 && (errors.Is(err, errHole) || errors.Is(err, errUnclear)):
 			fate = fateHole
@@ -126,22 +122,15 @@ func (t *tormentor) fate(ctx context.Context, whole []dispatch) (fate string, lo
 		return fateReading, nil, nil
 	case err != nil:
 		return "", nil, err
-	case whole == nil || len(log) == len(whole):
-		fate = fateHarmless
-	default:
-		fate = fateCut
+	case whole != nil && !slices.Equal(log, whole):
+		return "", nil, fmt.Errorf("%w: it has %d records of %d", errHole, len(log), len(whole))
 	}
-	for i := range whole {
-		if i < len(log) && log[i] != whole[i] || len(log) > len(whole) {
-			return "", nil, fmt.Errorf("%w at number %d", errHole, whole[i].number)
-		}
-	}
-	return fate, log, nil
+	return fateHarmless, log, nil
 }
 
 // fileKinds are the kinds of files that a store has: write-ahead logs, tables, what tells which tables there
-// are, what tells which of these counts, and settings.
-const fileKinds = "log,sst,MANIFEST,marker,OPTIONS"
+// are, what tells which of these counts, settings, and what has to be there.
+const fileKinds = "log,sst,MANIFEST,marker,OPTIONS,SYNCED"
 
 // kindOf a file: MANIFEST-000017 and marker.manifest.000002.MANIFEST-000017 begin with it, 000016.sst ends with it.
 func kindOf(name string) string {
@@ -151,23 +140,19 @@ func kindOf(name string) string {
 	return name[:strings.IndexAny(name+".", "-.")]
 }
 
-// spoil damages one file of a directory. mayCut says that what is left can look like a torn end.
-func (t *tormentor) spoil(dir string) (what string, mayCut bool, err error) {
+// spoil damages one file of a directory.
+func (t *tormentor) spoil(dir string) (what string, err error) {
 	kinds := map[string][]string{}
-	newest := ""
 	err = filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() || entry.Name() == "LOCK" {
 			return err
 		}
 		kind := kindOf(entry.Name())
-		if kind == "log" {
-			newest = max(newest, path)
-		}
 		kinds[kind] = append(kinds[kind], path)
 		return nil
 	})
 	if err != nil {
-		return "", false, err
+		return "", err
 	}
 	names := make([]string, 0, len(kinds))
 	for kind := range strings.SplitSeq(t.damageTo, ",") {
@@ -176,32 +161,32 @@ func (t *tormentor) spoil(dir string) (what string, mayCut bool, err error) {
 		}
 	}
 	if len(names) == 0 {
-		return "", false, fmt.Errorf("--damage-to: no files of %s among %v", t.damageTo, slices.Sorted(maps.Keys(kinds)))
+		return "", fmt.Errorf("--damage-to: no files of %s among %v", t.damageTo, slices.Sorted(maps.Keys(kinds)))
 	}
 	files := kinds[names[t.random.IntN(len(names))]]
 	path := files[t.random.IntN(len(files))]
 	name := filepath.Base(path)
 	b, err := os.ReadFile(path)
 	if err != nil {
-		return "", false, err
+		return "", err
 	}
 	if len(b) == 0 || t.random.IntN(5) == 0 {
-		return "removed " + name, false, os.Remove(path)
+		return "removed " + name, os.Remove(path)
 	}
 	at := t.random.IntN(len(b))
 	switch t.random.IntN(3) {
 	case 0:
-		what, mayCut = fmt.Sprintf("truncated %s at %d of %d", name, at, len(b)), path == newest
+		what = fmt.Sprintf("truncated %s at %d of %d", name, at, len(b))
 		b = b[:at]
 	case 1:
-		what, mayCut = fmt.Sprintf("changed byte %d of %d of %s", at, len(b), name), path == newest
+		what = fmt.Sprintf("changed byte %d of %d of %s", at, len(b), name)
 		b[at] ^= byte(1 + t.random.IntN(255)) //nolint:gosec // small
 	default:
 		end := min(at+4096, len(b))
-		what, mayCut = fmt.Sprintf("zeroed bytes %d to %d of %d of %s", at, end, len(b), name), path == newest
+		what = fmt.Sprintf("zeroed bytes %d to %d of %d of %s", at, end, len(b), name)
 		clear(b[at:end])
 	}
-	return what, mayCut, os.WriteFile(path, b, 0o600)
+	return what, os.WriteFile(path, b, 0o600)
 }
 
 // probe is a session from the log's beginning, with which all of the log can be read.

@@ -127,7 +127,7 @@ func TestDisk(t *testing.T) {
 
 // TestDamages has the server refuse what is damaged, or serve all of the log.
 func TestDamages(t *testing.T) {
-	status, r := run(t, "--kills", "2", "--damages", "6", "--damage-to", "sst")
+	status, r := run(t, "--kills", "2", "--damages", "12")
 	clean(t, status, r)
 	sum := 0
 	for fate, n := range r.Damaged {
@@ -136,7 +136,7 @@ func TestDamages(t *testing.T) {
 			t.Errorf("%d damaged copies: %s", n, fate)
 		}
 	}
-	if r.Damages != 6 || sum != 6 {
+	if r.Damages != 12 || sum != 12 {
 		t.Errorf("report %+v", r)
 	}
 }

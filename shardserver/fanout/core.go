@@ -29,7 +29,7 @@ type Options struct {
 	// Noop makes a message with number seq and no meaning. It is sent to a session whose view
 	// has let nothing through for long, so that the session's number stays within what is kept.
 	Noop func(seq uint64) []byte
-	// Overrun makes the last message of a session that fell behind what its stream keeps.
+	// Overrun makes the last message of a session that fell behind what its stream keeps, or can read.
 	Overrun func() []byte
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time

@@ -51,6 +51,8 @@ type model struct {
 	forgotten uint64
 	block     int
 	reads     int
+
+	unreadable error // of Frames
 }
 
 func (m *model) Kept(after uint64) bool {
@@ -63,6 +65,9 @@ func (m *model) Frames(after uint64) (list []*Frame, err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.reads++
+	if m.unreadable != nil {
+		return nil, m.unreadable
+	}
 	if after < m.forgotten {
 		return nil, ErrDropped
 	}

@@ -305,6 +305,17 @@ func TestScenes(t *testing.T) {
 				s.Error(err)
 			}
 		},
+		"a session whose history cannot be read is told": func(s *scene) {
+			s.history(3)
+			s.publish(0, 0, 0)
+			s.model.unreadable = errors.New("damaged")
+			a := s.connect(unlimited)
+			s.follow(a, live)
+			s.got(a, "overrun")
+			if n := s.core.Stats().Overruns; n != 0 {
+				s.Errorf("%d overruns", n)
+			}
+		},
 		"a session that starts to follow while parked goes on when it can": func(s *scene) {
 			a := s.connect(0)
 			a.Send(line("m 0"))

@@ -2,6 +2,7 @@ package fanout
 
 import (
 	"errors"
+	"fmt"
 	"net"
 	"slices"
 	"sync"
@@ -32,6 +33,7 @@ var (
 	ErrFollowing = errors.New("fanout: session follows a stream already")
 
 	errOverrun = errors.New("fanout: session fell behind what the stream keeps")
+	errUnread  = errors.New("fanout: the history cannot be read")
 	errBehind  = errors.New("fanout: session is to go on from the history")
 	errUrgent  = errors.New("fanout: session does not take its messages")
 )
@@ -287,14 +289,21 @@ func (s *Session) overrun() bool {
 	return s.follower.stream.lacks(s.seq.Load())
 }
 
-// cutOverrun ends a session that has fallen behind: with a message, if it stands between frames.
+// cutOverrun ends a session that has fallen behind.
 func (s *Session) cutOverrun() {
+	if !s.finished.Load() {
+		s.worker.overruns.Add(1)
+		s.cut(errOverrun)
+	}
+}
+
+// cut ends a session that cannot be brought up to date: with a message, if it stands between frames.
+func (s *Session) cut(cause error) {
 	if s.finished.Load() {
 		return
 	}
-	s.worker.overruns.Add(1)
 	if s.parked || len(s.rest) > 0 || s.core.overrun == nil {
-		s.End(errOverrun)
+		s.End(cause)
 		return
 	}
 	s.Close(s.core.overrun())
@@ -552,9 +561,10 @@ func (s *Session) drain() error {
 		if s.block, err = blocks.read(s.seq.Load()); errors.Is(err, ErrDropped) {
 			return errOverrun
 		}
-		if err == nil {
-			err = s.wait()
+		if err != nil {
+			return fmt.Errorf("%w: %w", errUnread, err)
 		}
+		err = s.wait()
 	}
 	return err
 }

@@ -309,8 +309,8 @@ func (w *worker) park(s *Session) {
 	w.parked.Add(1)
 	go func() {
 		err := s.drain()
-		overrun := errors.Is(err, errOverrun)
-		if err != nil && !overrun {
+		overrun, unread := errors.Is(err, errOverrun), errors.Is(err, errUnread)
+		if err != nil && !overrun && !unread {
 			s.End(err)
 		}
 		w.post(func() {
@@ -320,8 +320,11 @@ func (w *worker) park(s *Session) {
 				s.begin()
 				s.begin = nil
 			}
-			if overrun {
+			switch {
+			case overrun:
 				s.cutOverrun()
+			case unread:
+				s.cut(err)
 			}
 			w.flush(s)
 		})

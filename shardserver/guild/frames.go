@@ -2,7 +2,9 @@ package guild
 
 import (
 	"errors"
+	"log/slog"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"guildhall.dev/guildhall/shardserver/fanout"
@@ -92,18 +94,27 @@ func (impassable) Back(fanout.View) fanout.View  { return nil }
 
 // history makes the frames of a log's records anew.
 type history struct {
-	guild snowflake.ID
-	log   guildlog.Log
+	guild  snowflake.ID
+	log    guildlog.Log
+	logger *slog.Logger
+	told   atomic.Int64 // when it was last told that the log cannot be read, Unix seconds
 }
 
-func (h history) Kept(after uint64) bool { return h.log.Resumable(after) }
+// toldEvery is how often it is, in seconds.
+const toldEvery = 60
 
-func (h history) Frames(after uint64) (frames []*fanout.Frame, err error) {
+func (h *history) Kept(after uint64) bool { return h.log.Resumable(after) }
+
+func (h *history) Frames(after uint64) (frames []*fanout.Frame, err error) {
 	records, err := h.log.Read(after, blockRecords)
 	if errors.Is(err, guildlog.ErrDropped) {
 		return nil, fanout.ErrDropped
 	}
 	if err != nil {
+		now, last := time.Now().Unix(), h.told.Load()
+		if now-last >= toldEvery && h.told.CompareAndSwap(last, now) {
+			h.logger.Error("the log cannot be read: sessions that ask for this part are closed", "guild", h.guild, "after", after, "error", err)
+		}
 		return nil, err
 	}
 	bytes := 0

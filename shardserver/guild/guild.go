@@ -162,7 +162,7 @@ func newGuild(c Config) *Guild {
 }
 
 func (g *Guild) newStream(c Config) {
-	g.stream = c.Core.NewStream(g.last, history{g.id, g.log}, window(c.Retention), fanout.Retention(c.Retention))
+	g.stream = c.Core.NewStream(g.last, &history{guild: g.id, log: g.log, logger: g.logger}, window(c.Retention), fanout.Retention(c.Retention))
 }
 
 // Open opens a guild, with the state that its log adds up to.

@@ -350,7 +350,7 @@ func TestFramesMadeAnewAreTheSame(t *testing.T) {
 		if err := log.Commit(guildlog.Commit{Records: []guildlog.Record{r}}); err != nil {
 			t.Fatal(err)
 		}
-		h := history{testID, log}
+		h := &history{guild: testID, log: log}
 		frames, err := h.Frames(0)
 		if err != nil {
 			t.Fatal(err)

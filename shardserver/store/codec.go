@@ -20,6 +20,7 @@ const formatVersion = 1
 // by them.
 //
 //	v                                  the format's version
+//	p                                  there is a file with the promise
 //	i guild                            the identity, JSON
 //	g guild h                          the head
 //	g guild r number                   a record, by its own number
@@ -35,8 +36,9 @@ const (
 )
 
 var (
-	formatKey = []byte("v")
-	inventory = span{[]byte("i"), []byte("j")}
+	formatKey  = []byte("v")
+	promiseKey = []byte("p")
+	inventory  = span{[]byte("i"), []byte("j")}
 )
 
 // span is a range of keys: from its first one to before its last one.

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -62,7 +63,9 @@ func (s *Store) apply(b *pebble.Batch, o *pebble.WriteOptions) (err error) {
 		return err // a failed sync is no error of Apply: the logger is told
 	}
 	if o.Sync {
-		s.promise(b)
+		if err := s.promise.synced(b); err != nil {
+			return s.fail(err)
+		}
 	}
 	return b.Close()
 }
@@ -90,11 +93,17 @@ func (s *Store) Err() error {
 	}
 }
 
+// backgroundEvery is how often errors of work in the background are logged, in seconds.
+const backgroundEvery = 10
+
 func (s *Store) listener() *pebble.EventListener {
 	return &pebble.EventListener{
 		BackgroundError: func(err error) {
-			s.background.Store(&err)
-			s.o.Logger.Error("the store's background work", "dir", s.dir, "error", err.Error())
+			// Pebble tries again, some things at once.
+			now, last := time.Now().Unix(), s.backgroundTold.Load()
+			if s.background.Store(&err); now-last >= backgroundEvery && s.backgroundTold.CompareAndSwap(last, now) {
+				s.o.Logger.Error("the store's background work", "dir", s.dir, "error", err.Error())
+			}
 		},
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
 			s.o.Logger.Error("the store is corrupt", "dir", s.dir, "detail", info.String())
@@ -102,6 +111,16 @@ func (s *Store) listener() *pebble.EventListener {
 		DiskSlow: func(info pebble.DiskSlowInfo) {
 			s.slow.Add(1)
 			s.o.Logger.Warn("the disk is slow", "dir", s.dir, "detail", info.String())
+		},
+		WALDeleted: func(info pebble.WALDeleteInfo) {
+			if info.Err == nil {
+				s.promise.doneWith(uint64(info.FileNum))
+			}
+		},
+		WALCreated: func(info pebble.WALCreateInfo) {
+			if info.Err == nil && info.RecycledFileNum > 0 {
+				s.promise.doneWith(uint64(info.RecycledFileNum))
+			}
 		},
 		WriteStallBegin: func(info pebble.WriteStallBeginInfo) {
 			s.o.Logger.Warn("writes wait for the store's background work", "dir", s.dir, "reason", info.Reason)

@@ -3,6 +3,7 @@ package store
 import (
 	"bytes"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
@@ -242,37 +243,85 @@ func TestDamagedFiles(t *testing.T) {
 			damage: func(t *testing.T, dir string) string {
 				name := newest(t, dir, "*.log")
 				edit(t, name, func(data []byte) []byte {
-					end := bytes.LastIndex(data, []byte("message 300"))
-					return data[:end]
+					return data[:bytes.LastIndex(data, []byte("message 300"))]
 				})
+				// As a power cut leaves it.
+				before := promised{batches: 1}
+				writePromise(t, dir, before)
 				return name
 			},
 			last: last - 1,
 		},
+		"an end of the write-ahead log that was synced": {
+			damage: func(t *testing.T, dir string) string {
+				edit(t, newest(t, dir, "*.log"), func(data []byte) []byte {
+					return data[:bytes.LastIndex(data, []byte("message 300"))]
+				})
+				return promiseFile
+			},
+			atOpen: true,
+		},
+		"half of the write-ahead log": {
+			damage: func(t *testing.T, dir string) string {
+				edit(t, newest(t, dir, "*.log"), func(data []byte) []byte { return data[:len(data)/2] })
+				return promiseFile
+			},
+			atOpen: true,
+		},
+		"no write-ahead log": {
+			damage: func(t *testing.T, dir string) string {
+				if err := os.Remove(newest(t, dir, "*.log")); err != nil {
+					t.Fatal(err)
+				}
+				return promiseFile
+			},
+			atOpen: true,
+		},
+		"a changed byte in the promise": {
+			damage: func(t *testing.T, dir string) string {
+				edit(t, filepath.Join(dir, promiseFile), func(data []byte) []byte { data[1] ^= 1; return data })
+				return promiseFile
+			},
+			atOpen: true,
+		},
+		"no promise": {
+			damage: func(t *testing.T, dir string) string {
+				if err := os.Remove(filepath.Join(dir, promiseFile)); err != nil {
+					t.Fatal(err)
+				}
+				return promiseFile
+			},
+			atOpen: true,
+		},
+		"a manifest without its last edit": {
+			damage: func(t *testing.T, dir string) string {
+				name := newest(t, dir, "MANIFEST-*")
+				edit(t, name, func(data []byte) []byte { return data[:len(data)-1] })
+				return name
+			},
+			last: last, // the write-ahead log that it is about is still there
+		},
 		"a changed byte in the write-ahead log": {
 			damage: func(t *testing.T, dir string) string {
-				name := newest(t, dir, "*.log")
-				edit(t, name, flip(t, "message 250"))
-				return name
+				edit(t, newest(t, dir, "*.log"), flip(t, "message 250"))
+				return promiseFile
 			},
 			atOpen: true,
 		},
 		"a changed byte in the first batch of the write-ahead log": {
 			damage: func(t *testing.T, dir string) string {
-				name := newest(t, dir, "*.log")
-				edit(t, name, flip(t, "message 200"))
-				return name
+				edit(t, newest(t, dir, "*.log"), flip(t, "message 200"))
+				return promiseFile
 			},
 			atOpen: true,
 		},
 		"zeros in the write-ahead log": {
 			damage: func(t *testing.T, dir string) string {
-				name := newest(t, dir, "*.log")
-				edit(t, name, func(data []byte) []byte {
+				edit(t, newest(t, dir, "*.log"), func(data []byte) []byte {
 					clear(data[2048:4096])
 					return data
 				})
-				return name
+				return promiseFile
 			},
 			atOpen: true,
 		},
@@ -373,6 +422,144 @@ func TestDamagedFiles(t *testing.T) {
 	}
 }
 
+func writePromise(t *testing.T, dir string, p promised) {
+	t.Helper()
+	file := promise{promised: p}
+	if err := errors.Join(file.open(vfs.Default, dir, true), file.close()); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestAnyDamageIsFound: whatever happens to a file of a store, it is not opened, or cannot be read, or
+// everything is there that was acknowledged.
+func TestAnyDamageIsFound(t *testing.T) {
+	dir := t.TempDir()
+	s := open(t, dir, options(nil))
+	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 2)})
+	value := func(seq uint64) []byte { return fmt.Appendf(nil, "as of %d", seq) }
+	const last, rows = 400, 7
+	for seq := uint64(3); seq <= last; seq++ {
+		commit(t, l, guildlog.Commit{
+			Records: records(seq, seq),
+			Keys:    []guildlog.Key{{Name: fmt.Sprint("key ", seq), Numbers: []uint64{seq}}},
+			State:   []guildlog.Row{{Key: []byte{'r', byte(seq % rows)}, Value: value(seq)}},
+		})
+		if seq%130 == 0 {
+			if err := s.db.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	crashed := os.DirFS(dir)
+	whole := func(t *testing.T, s *Store) error {
+		l, err := s.Log(guildA, l.ID())
+		if err != nil {
+			return err
+		}
+		seq := uint64(1)
+		for seq < l.Last() {
+			list, err := l.Read(seq, 50)
+			if err != nil {
+				return err
+			}
+			for _, r := range list {
+				if diff := cmp.Diff(records(seq+1, seq+1)[0], r); diff != "" {
+					t.Fatal(diff)
+				}
+				seq = r.End()
+			}
+		}
+		if seq != last {
+			t.Errorf("the log ends at %d, expected %d", seq, last)
+		}
+		for seq := uint64(3); seq <= last; seq++ {
+			k, found, err := l.Find(fmt.Sprint("key ", seq))
+			if err != nil {
+				return err
+			}
+			if !found || k.Numbers[0] != seq {
+				t.Errorf("key %d is %v", seq, k)
+			}
+		}
+		found := 0
+		_, err = l.State(func(key, got []byte) error {
+			found++
+			for seq := uint64(last); ; seq-- {
+				if byte(seq%rows) == key[1] {
+					if !bytes.Equal(got, value(seq)) {
+						t.Errorf("row %d is %s, expected %s", key[1], got, value(seq))
+					}
+					return nil
+				}
+			}
+		})
+		if err == nil && found != rows {
+			t.Errorf("%d rows, expected %d", found, rows)
+		}
+		return err
+	}
+	fates := map[string]int{}
+	for seed := range uint64(300) {
+		random := rand.New(rand.NewPCG(seed, 1))
+		dir := filepath.Join(t.TempDir(), "copy")
+		if err := os.CopyFS(dir, crashed); err != nil {
+			t.Fatal(err)
+		}
+		entries, err := os.ReadDir(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		entries = slices.DeleteFunc(entries, func(e os.DirEntry) bool { return e.Name() == "LOCK" })
+		name := filepath.Join(dir, entries[random.IntN(len(entries))].Name())
+		data, err := os.ReadFile(name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		damage := "removed"
+		if at := random.IntN(len(data) + 1); at == len(data) || random.IntN(5) == 0 {
+			err = os.Remove(name)
+		} else {
+			switch random.IntN(3) {
+			case 0:
+				damage, data = fmt.Sprintf("cut off at %d of", at), data[:at]
+			case 1:
+				damage = fmt.Sprintf("changed byte %d of", at)
+				data[at] ^= byte(1 + random.IntN(255))
+			default:
+				damage = fmt.Sprintf("overwritten from %d of", at)
+				for i := at; i < min(at+4096, len(data)); i++ {
+					data[i] = byte(random.Uint32())
+				}
+			}
+			err = os.WriteFile(name, data, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Run(fmt.Sprintf("%s %s (%d bytes)", damage, filepath.Base(name), len(data)), func(t *testing.T) {
+			s, err := Open(dir, options(nil))
+			if err != nil {
+				fates["not opened"]++
+				return
+			}
+			if err = whole(t, s); err != nil {
+				fates["not read"]++
+			} else {
+				fates["harmless"]++
+			}
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if fates["not opened"] < 50 || fates["harmless"] == 0 {
+		t.Errorf("fates: %v", fates)
+	}
+}
+
 func TestALogThatDisagreesIsNotServed(t *testing.T) {
 	for name, test := range map[string]struct {
 		damage func(b *pebble.Batch, l *Log)
@@ -402,7 +589,7 @@ func TestALogThatDisagreesIsNotServed(t *testing.T) {
 			s := mustOpen(t, "db", options(mem))
 			l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
 			birth(t, s, guildB, guildlog.Commit{Records: records(2, 9)})
-			b := s.newBatch()
+			b := s.db.NewBatch()
 			test.damage(b, l)
 			if err := s.apply(b, pebble.Sync); err != nil {
 				t.Fatal(err)

@@ -16,11 +16,10 @@
 //	                        of the write-ahead log may be torn, and are cut off by Open
 //	another process         Open fails with ErrLocked
 //	a newer format          Open fails with ErrNewer
-//	a damaged file          Open fails with ErrCorrupt, which names the file, where the damage is one
-//	                        of size, of the manifest or within the write-ahead log; damage inside a
-//	                        table is found when that part is read, and fails with ErrCorrupt: the opening
-//	                        of the log, or Read. Damage to the very end of the write-ahead log can look like
-//	                        a torn end
+//	a damaged file          Open fails with ErrCorrupt, which names the file, or what was promised and is
+//	                        not there; damage inside a table is found when that part is read, and fails
+//	                        with ErrCorrupt: the opening of the log, or Read. Only where a power cut came
+//	                        before, damage to what was written last can look like what that has torn
 //	a log that disagrees    Log fails with ErrCorrupt when head, newest and oldest record do not agree
 //	the wrong disk          Log fails with ErrLogMissing
 //	a read-only directory   Open fails with the system's error
@@ -145,11 +144,11 @@ type Store struct {
 	failed   chan struct{}
 	failure  error // set before failed is closed
 
-	// synced is the sequence number of Pebble's before which everything is on disk.
-	synced atomic.Uint64
+	promise promise
 
 	commits, records, slow atomic.Uint64
 	background             atomic.Pointer[error]
+	backgroundTold         atomic.Int64 // when it was last logged, Unix seconds
 }
 
 // Open opens the store in a directory, or makes one there. It reads the inventory, but no logs.
@@ -197,10 +196,12 @@ func (s *Store) open() (err error) {
 	if err := s.room(min(openRoom, s.o.Reserve), 2*reservePart); err != nil {
 		return err
 	}
-	if err := checkMarker(s.fs, s.dir); err != nil {
+	before, found, err := readPromise(s.fs, s.dir)
+	if err != nil {
 		return err
 	}
-	if err := checkTail(s.fs, s.dir); err != nil {
+	s.promise.promised = before
+	if err := s.check(before); err != nil {
 		return err
 	}
 	cache := pebble.NewCache(s.o.Cache)
@@ -222,29 +223,63 @@ func (s *Store) open() (err error) {
 	if s.db, err = pebble.Open(s.dir, o); err != nil {
 		return classify(err)
 	}
-	if err = s.load(); err != nil {
-		return errors.Join(err, s.db.Close())
+	if err = s.keepPromise(before, found); err == nil {
+		err = s.load()
+	}
+	if err != nil {
+		return errors.Join(err, s.promise.close(), s.db.Close())
 	}
 	return nil
 }
 
-// checkMarker fails with ErrCorrupt for a directory with tables, but without the file that says which
-// manifest is theirs: Pebble would start afresh there and remove them.
-func checkMarker(fs vfs.FS, dir string) error {
-	d, err := pebble.Peek(dir, fs)
+// check fails with ErrCorrupt for a directory in which Pebble would start without what there was.
+func (s *Store) check(p promised) error {
+	d, err := pebble.Peek(s.dir, s.fs)
 	if err != nil {
 		return classify(err)
 	}
-	names, err := fs.List(dir)
-	if err != nil || d.Exists {
-		return err
+	if d.Exists {
+		return checkManifest(s.fs, d.ManifestFilename, p)
 	}
+	// Pebble would start afresh and remove all tables.
+	names, err := s.fs.List(s.dir)
 	for _, name := range names {
-		if strings.HasSuffix(name, ".sst") {
-			return fmt.Errorf("%w: there is %s, but no marker.manifest", ErrCorrupt, fs.PathJoin(dir, name))
+		if strings.HasSuffix(name, ".sst") || p.batches > 0 {
+			return fmt.Errorf("%w: there is %s, but no marker.manifest", ErrCorrupt, s.fs.PathJoin(s.dir, name))
 		}
 	}
-	return nil
+	return err
+}
+
+// keepPromise fails with ErrCorrupt when not all is there that was promised, and opens the file for further promises.
+func (s *Store) keepPromise(p promised, found bool) (err error) {
+	_, closer, err := s.db.Get(promiseKey)
+	has := err == nil
+	switch {
+	case has:
+		err = closer.Close()
+	case errors.Is(err, pebble.ErrNotFound):
+		err = nil
+	}
+	if err != nil {
+		return classify(err)
+	}
+	there, err := next(s.db)
+	switch {
+	case err != nil:
+		return err
+	case has && !found:
+		return fmt.Errorf("%w: there was %s, and it is gone", ErrCorrupt, s.fs.PathJoin(s.dir, promiseFile))
+	case there < p.batches:
+		return fmt.Errorf("%w: the end of a .log or MANIFEST file in %s is damaged or gone: what was written can be read up to %d, and up to %d it was synced by %s",
+			ErrCorrupt, s.dir, there, p.batches, promiseFile)
+	}
+	if err = s.promise.open(s.fs, s.dir, found); err != nil || has {
+		return err
+	}
+	b := s.db.NewBatch()
+	set(b, promiseKey, nil)
+	return s.apply(b, pebble.Sync)
 }
 
 // load reads the format's version and the inventory.
@@ -277,7 +312,7 @@ func (s *Store) load() error {
 	case len(s.identities) > 0:
 		return fmt.Errorf("%w: there are logs, but no format version", ErrCorrupt)
 	}
-	b := s.newBatch()
+	b := s.db.NewBatch()
 	set(b, formatKey, encodeFixed(uint32(formatVersion)))
 	return s.apply(b, pebble.Sync)
 }
@@ -294,7 +329,7 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
-	return errors.Join(s.db.Close(), s.lock.Close())
+	return errors.Join(s.db.Close(), s.promise.close(), s.lock.Close())
 }
 
 // enter is called before db is used; after nil, leave has to be called.
@@ -383,7 +418,7 @@ func (s *Store) birth(id Identity, first guildlog.Commit, again bool) (*Log, err
 	}
 	id.Log, id.Epoch = guildlog.NewID(true), 1
 	l := s.newLog(id)
-	b := s.newBatch()
+	b := s.db.NewBatch()
 	if exists {
 		remove(b, guildSpan(guild))
 	}
@@ -435,7 +470,7 @@ func (s *Store) change(guild snowflake.ID, stage func(*pebble.Batch, Identity)) 
 	if !ok {
 		return fmt.Errorf("%w: %s has no log of guild %s", ErrLogMissing, s.dir, guild)
 	}
-	b := s.newBatch()
+	b := s.db.NewBatch()
 	stage(b, id)
 	return s.apply(b, pebble.Sync)
 }
