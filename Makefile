@@ -91,9 +91,10 @@ test-unit: ## Run the tests that need nothing but this repository.
 	cd hack/cluster && go test ./...
 	cd hack/bench && go test ./...
 
+# Tests that run at the same time mostly wait for what the operator does.
 .PHONY: test-controllers
 test-controllers: ## Run the tests of the API and the controllers against a real API server.
-	assets=$$($(CLUSTER) assets) && KUBEBUILDER_ASSETS=$$assets go test -race $(API_SERVER_TESTS)
+	assets=$$($(CLUSTER) assets) && KUBEBUILDER_ASSETS=$$assets go test -race -parallel 12 $(API_SERVER_TESTS)
 
 .PHONY: test-e2e
 test-e2e: ## Run the end-to-end tests, on a cluster of their own (root).

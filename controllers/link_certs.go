@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/x509"
 	"encoding/pem"
+	"errors"
 	"fmt"
 	"sync"
 	"time"
@@ -94,6 +95,9 @@ func (c *linkCerts) ensureAuthority(ctx context.Context, namespace string) error
 	return nil
 }
 
+// errNoAuthority: the namespace's controller is about to make it.
+var errNoAuthority = errors.New("the namespace has no authority for certificates yet")
+
 // authority reads that of a namespace, at most every linkCheck.
 func (c *linkCerts) authority(ctx context.Context, namespace string) (authority, error) {
 	now := c.clock.Now()
@@ -104,7 +108,9 @@ func (c *linkCerts) authority(ctx context.Context, namespace string) (authority,
 		return a, nil
 	}
 	secret := new(corev1.Secret)
-	if err := c.live.Get(ctx, types.NamespacedName{Namespace: namespace, Name: authorityName}, secret); err != nil {
+	if err := c.live.Get(ctx, types.NamespacedName{Namespace: namespace, Name: authorityName}, secret); apierrors.IsNotFound(err) {
+		return authority{}, errNoAuthority
+	} else if err != nil {
 		return authority{}, fmt.Errorf("reading Secret %s: %w", authorityName, err)
 	}
 	cert := secret.Data[linkcert.CertFile]

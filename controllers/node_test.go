@@ -42,6 +42,7 @@ type node struct {
 	opening map[string]bool
 	servers map[string]*shardServer // by pod name
 	silent  map[string]bool         // by shard: the report cannot be had
+	crowds  map[string]*crowd       // by the name of their guild
 	pods    int
 	// deleted has the pods in the order in which they were deleted, and how many others were ready then.
 	deleted []deletedPod
@@ -58,7 +59,7 @@ func (s *apiServer) startNode(t *testing.T, namespace string) *node {
 	n := &node{
 		t: t, namespace: namespace, client: s.client(t, nodeAgent),
 		trouble: map[string]corev1.ContainerState{}, fails: map[string]string{}, opening: map[string]bool{},
-		servers: map[string]*shardServer{}, silent: map[string]bool{},
+		servers: map[string]*shardServer{}, silent: map[string]bool{}, crowds: map[string]*crowd{},
 	}
 	var err error
 	n.cache, err = cache.New(s.configAs(nodeAgent), cache.Options{
@@ -176,6 +177,7 @@ func (n *node) serve(ctx context.Context, pod *corev1.Pod, sts *appsv1.StatefulS
 	s.address = listener.Addr().String()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET "+report.Path, s.report)
+	mux.HandleFunc("POST "+report.OrdersPath, s.takeOrders)
 	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
 	go func() { _ = s.http.Serve(listener) }()
 
@@ -368,15 +370,22 @@ func (s *shardServer) change(name string, change func(*report.Guild)) {
 
 func (s *shardServer) report(w http.ResponseWriter, req *http.Request) {
 	s.node.mu.Lock()
-	silent := s.node.silent[s.name]
-	s.node.mu.Unlock()
-	if silent {
+	defer s.node.mu.Unlock()
+	if s.node.silent[s.name] {
 		http.Error(w, "silent", http.StatusServiceUnavailable)
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	out := report.Report{BootID: s.boot, ShardName: s.name, ShardUID: s.uid, Version: "test", Revision: s.revision, Guilds: []report.Guild{}}
+	var relays []report.Relay
+	for _, g := range s.guilds {
+		if c := s.node.crowds[g.Name]; c != nil {
+			relays = append(relays, c.account(&g.Guild)...)
+			s.revision++
+			g.revision = s.revision
+		}
+	}
+	out := report.Report{BootID: s.boot, ShardName: s.name, ShardUID: s.uid, Version: "test", Revision: s.revision, Guilds: []report.Guild{}, Relays: relays}
 	since, err := strconv.ParseInt(req.URL.Query().Get("since"), 10, 64)
 	out.Complete = err != nil || req.URL.Query().Get("boot") != s.boot
 	for _, g := range s.guilds {

@@ -232,7 +232,7 @@ func (r *relays) sort(p *relayPass, failed []error) error {
 			p.trouble = isFalse(reasonNameConflict, conflict.Error())
 			continue
 		}
-		if err == nil || namespaceEnding(err) || apierrors.IsConflict(err) {
+		if err == nil || namespaceEnding(err) || apierrors.IsConflict(err) || errors.Is(err, errNoAuthority) {
 			continue // a conflict: the cache is about to catch up
 		}
 		left = append(left, err)

@@ -101,7 +101,7 @@ func rebalanceStatus(was *v1.GuildRebalanceStatus, d *relayplan.Decision, s *rel
 		next.ToMove = new(int64(max(0, plan.ToMove-plan.Moved)))
 	}
 	next.BlockedReason = string(d.Blocked)
-	if was == nil || was.Round != next.Round || was.PlanHash != next.PlanHash || was.BlockedReason != next.BlockedReason || *next.ToMove == 0 {
+	if was == nil || was.Round != next.Round || was.PlanHash != next.PlanHash || was.BlockedReason != next.BlockedReason || value(next.ToMove) == 0 {
 		s.movedAt = now
 		return next, 0
 	}
