@@ -20,7 +20,7 @@ const formatVersion = 1
 // by them.
 //
 //	v                                  the format's version
-//	p                                  there is a file with the promise
+//	s                                  there, if the directory has a file SYNCED; older programs do not care
 //	i guild                            the identity, JSON
 //	g guild h                          the head
 //	g guild r number                   a record, by its own number
@@ -36,9 +36,9 @@ const (
 )
 
 var (
-	formatKey  = []byte("v")
-	promiseKey = []byte("p")
-	inventory  = span{[]byte("i"), []byte("j")}
+	formatKey = []byte("v")
+	syncedKey = []byte("s")
+	inventory = span{[]byte("i"), []byte("j")}
 )
 
 // span is a range of keys: from its first one to before its last one.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 
@@ -63,9 +62,7 @@ func (s *Store) apply(b *pebble.Batch, o *pebble.WriteOptions) (err error) {
 		return err // a failed sync is no error of Apply: the logger is told
 	}
 	if o.Sync {
-		if err := s.promise.synced(b); err != nil {
-			return s.fail(err)
-		}
+		s.promise(b)
 	}
 	return b.Close()
 }
@@ -93,38 +90,38 @@ func (s *Store) Err() error {
 	}
 }
 
-// backgroundEvery is how often errors of work in the background are logged, in seconds.
-const backgroundEvery = 10
-
 func (s *Store) listener() *pebble.EventListener {
 	return &pebble.EventListener{
 		BackgroundError: func(err error) {
-			// Pebble tries again, some things at once.
-			now, last := time.Now().Unix(), s.backgroundTold.Load()
-			if s.background.Store(&err); now-last >= backgroundEvery && s.backgroundTold.CompareAndSwap(last, now) {
-				s.o.Logger.Error("the store's background work", "dir", s.dir, "error", err.Error())
+			s.trouble.Store(&err)
+			s.o.Logger.Error("the store's background work", "dir", s.dir, "error", err.Error())
+			s.background.erred(err)
+		},
+		CompactionEnd: func(info pebble.CompactionInfo) { s.background.compacted(info.Err) },
+		ManifestCreated: func(info pebble.ManifestCreateInfo) {
+			if info.Err != nil {
+				return
+			}
+			if err := s.synced.current(uint64(info.FileNum)); err != nil {
+				s.fail(err) //nolint:errcheck // it is the error
 			}
 		},
 		DataCorruption: func(info pebble.DataCorruptionInfo) {
-			s.o.Logger.Error("the store is corrupt", "dir", s.dir, "detail", info.String())
+			if s.background.tell(info.Path) {
+				s.o.Logger.Error("the store is corrupt", "dir", s.dir, "file", info.Path, "error", info.Details.Error())
+			}
 		},
 		DiskSlow: func(info pebble.DiskSlowInfo) {
 			s.slow.Add(1)
 			s.o.Logger.Warn("the disk is slow", "dir", s.dir, "detail", info.String())
 		},
-		WALDeleted: func(info pebble.WALDeleteInfo) {
-			if info.Err == nil {
-				s.promise.doneWith(uint64(info.FileNum))
-			}
-		},
-		WALCreated: func(info pebble.WALCreateInfo) {
-			if info.Err == nil && info.RecycledFileNum > 0 {
-				s.promise.doneWith(uint64(info.RecycledFileNum))
-			}
-		},
 		WriteStallBegin: func(info pebble.WriteStallBeginInfo) {
 			s.o.Logger.Warn("writes wait for the store's background work", "dir", s.dir, "reason", info.Reason)
+			s.background.stalled(func(err error) {
+				s.fail(err) //nolint:errcheck // it is the error
+			})
 		},
+		WriteStallEnd: func() { s.background.resumed() },
 	}
 }
 

@@ -177,7 +177,7 @@ func (l *Log) Commit(c guildlog.Commit) error {
 		l.drop() // so that a full disk does not stay so for ever
 		return err
 	}
-	b := l.s.db.NewBatch()
+	b := l.s.newBatch()
 	h := l.head
 	if err := l.stage(b, &h, c); err != nil {
 		return err
@@ -285,7 +285,7 @@ func (l *Log) drop() {
 	case err == nil && h.Bytes != h.Newest.Bytes:
 		err = fmt.Errorf("%w: %d bytes of records are in no block", ErrCorrupt, h.Bytes-h.Newest.Bytes)
 	case err == nil || errors.Is(err, stop):
-		b := l.s.db.NewBatch()
+		b := l.s.newBatch()
 		remove(b, l.between(tableRecord, l.head.Dropped+1, h.Dropped))
 		remove(b, l.between(tableBlock, l.head.Dropped+1, h.Dropped))
 		set(b, l.key(tableHead), encodeFixed(&h))
@@ -295,7 +295,7 @@ func (l *Log) drop() {
 	}
 	if err != nil {
 		err = fmt.Errorf("retention of guild %s: %w", l.id.Guild, err)
-		l.s.background.Store(&err)
+		l.s.trouble.Store(&err)
 		l.s.o.Logger.Error("the store's retention", "guild", l.id.Guild, "error", err.Error())
 	}
 }

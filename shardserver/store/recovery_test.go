@@ -2,16 +2,22 @@ package store
 
 import (
 	"bytes"
+	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/cockroachdb/pebble/v2"
 	"github.com/cockroachdb/pebble/v2/vfs"
@@ -220,13 +226,37 @@ func TestDamagedFiles(t *testing.T) {
 	dir := t.TempDir()
 	s := open(t, dir, options(nil))
 	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 2)})
+	var before []byte // what SYNCED was before the last commit
 	for seq := uint64(3); seq <= last; seq++ {
-		if seq == last*2/3 {
+		switch seq {
+		case last * 2 / 3:
 			if err := s.db.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		case last:
+			var err error
+			if before, err = os.ReadFile(filepath.Join(dir, syncedName)); err != nil {
 				t.Fatal(err)
 			}
 		}
 		commit(t, l, guildlog.Commit{Records: records(seq, seq)})
+	}
+	// of applies a change to the newest file of a pattern.
+	of := func(pattern string, change func([]byte) []byte) func(*testing.T, string) string {
+		return func(t *testing.T, dir string) string {
+			name := newest(t, dir, pattern)
+			edit(t, name, change)
+			return name
+		}
+	}
+	gone := func(pattern string) func(*testing.T, string) string {
+		return func(t *testing.T, dir string) string {
+			name := newest(t, dir, pattern)
+			if err := os.Remove(name); err != nil {
+				t.Fatal(err)
+			}
+			return name
+		}
 	}
 	crashed := os.DirFS(dir)
 	for name, test := range map[string]struct {
@@ -240,88 +270,113 @@ func TestDamagedFiles(t *testing.T) {
 			last:   last,
 		},
 		"a torn end of the write-ahead log": {
+			damage: of("*.log", func(data []byte) []byte { return append(data, data[:50]...) }),
+			last:   last,
+		},
+		"a torn end of the write-ahead log, and the power was cut before more was known to be synced": {
 			damage: func(t *testing.T, dir string) string {
-				name := newest(t, dir, "*.log")
-				edit(t, name, func(data []byte) []byte {
-					return data[:bytes.LastIndex(data, []byte("message 300"))]
-				})
-				// As a power cut leaves it.
-				before := promised{batches: 1}
-				writePromise(t, dir, before)
-				return name
+				edit(t, filepath.Join(dir, syncedName), func([]byte) []byte { return before })
+				return of("*.log", func(data []byte) []byte { return data[:bytes.LastIndex(data, []byte("message 300"))] })(t, dir)
 			},
 			last: last - 1,
 		},
-		"an end of the write-ahead log that was synced": {
-			damage: func(t *testing.T, dir string) string {
-				edit(t, newest(t, dir, "*.log"), func(data []byte) []byte {
-					return data[:bytes.LastIndex(data, []byte("message 300"))]
-				})
-				return promiseFile
-			},
+		"a write-ahead log that is cut within what was synced": {
+			damage: of("*.log", func(data []byte) []byte { return data[:bytes.LastIndex(data, []byte("message 300"))] }),
 			atOpen: true,
 		},
-		"half of the write-ahead log": {
-			damage: func(t *testing.T, dir string) string {
-				edit(t, newest(t, dir, "*.log"), func(data []byte) []byte { return data[:len(data)/2] })
-				return promiseFile
-			},
+		"a write-ahead log that is cut between records": {
+			damage: of("*.log", func(data []byte) []byte {
+				end := bytes.LastIndex(data, []byte("message 250"))
+				for size := end; ; end-- { // where a record begins
+					if c, n := readChunk(data[end:], logHeader, uint64(binary.LittleEndian.Uint32(data[7:]))); n > size-end && c.kind == chunkFull {
+						return data[:end]
+					}
+				}
+			}),
 			atOpen: true,
 		},
-		"no write-ahead log": {
+		"an empty write-ahead log": {damage: of("*.log", func([]byte) []byte { return nil }), atOpen: true},
+		"no write-ahead log":       {damage: gone("*.log"), atOpen: true},
+		"a changed byte in the last record of the write-ahead log": {
+			damage: of("*.log", flip(t, "message 300")),
+			atOpen: true,
+		},
+		"a changed byte in the last record of the manifest": {
+			damage: of("MANIFEST-*", func(data []byte) []byte { data[len(data)-1] ^= 1; return data }),
+			atOpen: true,
+		},
+		"a manifest without its last byte": {
+			damage: of("MANIFEST-*", func(data []byte) []byte { return data[:len(data)-1] }),
+			atOpen: true,
+		},
+		"a manifest without its last record": {
+			damage: of("MANIFEST-*", func(data []byte) []byte {
+				end := 0
+				for {
+					_, n := readChunk(data[end:], manifestHeader, 0)
+					if end+n == len(data) {
+						return data[:end]
+					}
+					end += n
+				}
+			}),
+			atOpen: true,
+		},
+		"an empty manifest": {damage: of("MANIFEST-*", func([]byte) []byte { return nil }), atOpen: true},
+		"a torn end of the manifest": {
+			damage: of("MANIFEST-*", func(data []byte) []byte { return append(data, data[:20]...) }),
+			last:   last,
+		},
+		"an older manifest": {
 			damage: func(t *testing.T, dir string) string {
-				if err := os.Remove(newest(t, dir, "*.log")); err != nil {
+				marker := newest(t, dir, "marker.manifest.*")
+				if err := os.Rename(marker, filepath.Join(dir, "marker.manifest.000099.MANIFEST-000000")); err != nil {
 					t.Fatal(err)
 				}
-				return promiseFile
-			},
-			atOpen: true,
-		},
-		"a changed byte in the promise": {
-			damage: func(t *testing.T, dir string) string {
-				edit(t, filepath.Join(dir, promiseFile), func(data []byte) []byte { data[1] ^= 1; return data })
-				return promiseFile
-			},
-			atOpen: true,
-		},
-		"no promise": {
-			damage: func(t *testing.T, dir string) string {
-				if err := os.Remove(filepath.Join(dir, promiseFile)); err != nil {
+				if err := os.Rename(newest(t, dir, "MANIFEST-*"), filepath.Join(dir, "MANIFEST-000000")); err != nil {
 					t.Fatal(err)
 				}
-				return promiseFile
+				return "MANIFEST-000000"
 			},
 			atOpen: true,
 		},
-		"a manifest without its last edit": {
-			damage: func(t *testing.T, dir string) string {
-				name := newest(t, dir, "MANIFEST-*")
-				edit(t, name, func(data []byte) []byte { return data[:len(data)-1] })
-				return name
-			},
-			last: last, // the write-ahead log that it is about is still there
+		"no word of what was synced": {damage: gone(syncedName), atOpen: true},
+		"no readable word of what was synced": {
+			damage: of(syncedName, func(data []byte) []byte { return make([]byte, len(data)) }),
+			atOpen: true,
+		},
+		"a last word of what was synced that cannot be read": {
+			damage: of(syncedName, func(data []byte) []byte { data[len(data)/2+10] ^= 1; return data }),
+			last:   last,
+		},
+		"a first word of what was synced that cannot be read": {
+			damage: of(syncedName, func(data []byte) []byte { data[10] ^= 1; return data }),
+			last:   last,
 		},
 		"a changed byte in the write-ahead log": {
 			damage: func(t *testing.T, dir string) string {
-				edit(t, newest(t, dir, "*.log"), flip(t, "message 250"))
-				return promiseFile
+				name := newest(t, dir, "*.log")
+				edit(t, name, flip(t, "message 250"))
+				return name
 			},
 			atOpen: true,
 		},
 		"a changed byte in the first batch of the write-ahead log": {
 			damage: func(t *testing.T, dir string) string {
-				edit(t, newest(t, dir, "*.log"), flip(t, "message 200"))
-				return promiseFile
+				name := newest(t, dir, "*.log")
+				edit(t, name, flip(t, "message 200"))
+				return name
 			},
 			atOpen: true,
 		},
 		"zeros in the write-ahead log": {
 			damage: func(t *testing.T, dir string) string {
-				edit(t, newest(t, dir, "*.log"), func(data []byte) []byte {
+				name := newest(t, dir, "*.log")
+				edit(t, name, func(data []byte) []byte {
 					clear(data[2048:4096])
 					return data
 				})
-				return promiseFile
+				return name
 			},
 			atOpen: true,
 		},
@@ -419,14 +474,6 @@ func TestDamagedFiles(t *testing.T) {
 				}
 			}
 		})
-	}
-}
-
-func writePromise(t *testing.T, dir string, p promised) {
-	t.Helper()
-	file := promise{promised: p}
-	if err := errors.Join(file.open(vfs.Default, dir, true), file.close()); err != nil {
-		t.Fatal(err)
 	}
 }
 
@@ -589,7 +636,7 @@ func TestALogThatDisagreesIsNotServed(t *testing.T) {
 			s := mustOpen(t, "db", options(mem))
 			l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
 			birth(t, s, guildB, guildlog.Commit{Records: records(2, 9)})
-			b := s.db.NewBatch()
+			b := s.newBatch()
 			test.damage(b, l)
 			if err := s.apply(b, pebble.Sync); err != nil {
 				t.Fatal(err)
@@ -611,3 +658,209 @@ func TestALogThatDisagreesIsNotServed(t *testing.T) {
 		})
 	}
 }
+
+// TestOlderProgramsComeAndGo has a program write to the directory that knows nothing of the file SYNCED: before
+// there is one, and between two that do.
+func TestOlderProgramsComeAndGo(t *testing.T) {
+	mem := vfs.NewCrashableMem()
+	s := mustOpen(t, "db", options(mem))
+	l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
+	// older is that program. It leaves everything in the write-ahead log, or in tables.
+	older := func(flush bool, change func(b *pebble.Batch)) {
+		t.Helper()
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		db, err := pebble.Open("db", &pebble.Options{FS: mem, FormatMajorVersion: pebble.FormatValueSeparation, Logger: (*logger)(s)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		b := db.NewBatch()
+		change(b)
+		if err := b.Commit(pebble.Sync); err != nil {
+			t.Fatal(err)
+		}
+		if flush {
+			if err := db.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := db.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := func() {
+		t.Helper()
+		s = mustOpen(t, "db", options(mem))
+		var err error
+		if l, err = s.Log(guildA, guildlog.ID{}); err != nil {
+			t.Fatal(err)
+		}
+		if diff := cmp.Diff(records(2, l.Last()), readAll(t, l, 0)); diff != "" {
+			t.Fatal(diff)
+		}
+	}
+	older(false, func(b *pebble.Batch) { unset(b, syncedKey) })
+	if err := mem.Remove("db/" + syncedName); err != nil {
+		t.Fatal(err)
+	}
+	again()
+	if _, err := mem.Stat("db/" + syncedName); err != nil {
+		t.Errorf("a directory without the file does not get it: %v", err)
+	}
+	for i := range 6 {
+		last := l.Last()
+		commit(t, l, guildlog.Commit{Records: records(last+1, last+1)})
+		if i%3 == 0 {
+			if err := s.db.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		older(i%2 == 0, func(b *pebble.Batch) { set(b, []byte("x"), nil) })
+		again()
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := mem.Remove("db/" + syncedName); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := Open("db", options(mem)); !errors.Is(err, ErrCorrupt) || !strings.Contains(err.Error(), syncedName) {
+			t.Errorf("opening a directory that had the file: %v", err)
+		}
+	}
+}
+
+// TestBackgroundWorkRestsAtACorruptTable: it is not tried again without a pause, what is whole can be read and
+// written, and when so much was written that writes have to wait for it, the store fails.
+func TestBackgroundWorkRestsAtACorruptTable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		mem := vfs.NewMem()
+		errs := &countErrors{}
+		o := options(mem)
+		o.Logger = slog.New(errs)
+		s := mustOpen(t, "db", o)
+		l := birth(t, s, guildA, guildlog.Commit{Records: records(2, 9)})
+		flush := func(s *Store) {
+			t.Helper()
+			if err := s.db.Flush(); err != nil {
+				t.Error(err)
+			}
+		}
+		flush(s)
+		commit(t, l, guildlog.Commit{Records: records(10, 100)})
+		flush(s)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		repair := flipInMem(t, mem, 100)
+
+		s = mustOpen(t, "db", o)
+		var err error
+		if l, err = s.Log(guildA, guildlog.ID{}); err == nil {
+			_, err = l.Read(0, 100)
+		}
+		if !errors.Is(err, ErrCorrupt) {
+			t.Errorf("reading what is corrupt: %v", err)
+		}
+		b := birth(t, s, guildB, guildlog.Commit{Records: records(2, 2)})
+		var wg sync.WaitGroup
+		begun, last := time.Now(), uint64(2)
+		for ; s.Err() == nil && last < 1000; last++ {
+			if err := b.Commit(guildlog.Commit{Records: records(last+1, last+1)}); err != nil {
+				t.Fatal(err)
+			}
+			if diff := cmp.Diff(records(2, last+1), readAll(t, b, 0)); diff != "" {
+				t.Fatal(diff)
+			}
+			flushed := make(chan struct{})
+			wg.Go(func() {
+				defer close(flushed)
+				flush(s)
+			})
+			select {
+			case <-flushed:
+			case <-s.Failed():
+			}
+		}
+		if err := s.Err(); !errors.Is(err, ErrCorrupt) || !errors.Is(err, guildlog.ErrFailed) {
+			t.Errorf("it fails with %v", err)
+		}
+		took := time.Since(begun)
+		if n := errs.n.Load(); took < stallTime || n < 2 || n > 4*int64(2+took/rest) {
+			t.Errorf("%d errors in %v", n, took)
+		}
+		repair()
+		wg.Wait() // for what waits for the next try
+		if err := errors.Join(s.closeDB(), s.synced.close(), s.lock.Close()); err != nil {
+			t.Error(err)
+		}
+		s = open(t, "db", o)
+		if l, err = s.Log(guildA, guildlog.ID{}); err != nil || len(readAll(t, l, 0)) != 99 {
+			t.Errorf("the repaired log: %v", err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		time.Sleep(2 * rest) // its timers
+	})
+}
+
+// TestStatisticsRestAtACorruptTable: what gathers them is held up, what compacts is not, which holds Pebble's lock.
+func TestStatisticsRestAtACorruptTable(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newBackground()
+		took := func(err error) time.Duration {
+			begun := time.Now()
+			w.erred(err)
+			return time.Since(begun)
+		}
+		corrupt, other := fmt.Errorf("one: %w", pebble.ErrCorruption), fmt.Errorf("another: %w", pebble.ErrCorruption)
+		w.compacted(corrupt)
+		if a, b, c := took(corrupt), took(other), took(errors.New("not corrupt")); a != 0 || b != rest || c != 0 {
+			t.Errorf("a compaction waits %v, statistics %v, other work %v", a, b, c)
+		}
+		close(w.stop)
+		if d := took(other); d != 0 {
+			t.Errorf("as the store closes, statistics wait %v", d)
+		}
+	})
+}
+
+// flipInMem changes a byte of the newest table, also for those who have it open, until repair.
+func flipInMem(t *testing.T, fs vfs.FS, at int64) (repair func()) {
+	t.Helper()
+	names, err := fs.List("db")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names = slices.DeleteFunc(names, func(name string) bool { return !strings.HasSuffix(name, ".sst") })
+	flip := func() {
+		f, err := fs.OpenReadWrite("db/"+slices.Max(names), vfs.WriteCategoryUnspecified)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var b [1]byte
+		_, err = f.ReadAt(b[:], at)
+		b[0] ^= 1
+		_, err2 := f.WriteAt(b[:], at)
+		if err := errors.Join(err, err2, f.Close()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	flip()
+	return flip
+}
+
+// countErrors is a handler that counts.
+type countErrors struct{ n atomic.Int64 }
+
+func (*countErrors) Enabled(_ context.Context, l slog.Level) bool { return l >= slog.LevelError }
+
+func (c *countErrors) Handle(context.Context, slog.Record) error {
+	c.n.Add(1)
+	return nil
+}
+func (c *countErrors) WithAttrs([]slog.Attr) slog.Handler { return c }
+func (c *countErrors) WithGroup(string) slog.Handler      { return c }

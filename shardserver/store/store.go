@@ -16,10 +16,12 @@
 //	                        of the write-ahead log may be torn, and are cut off by Open
 //	another process         Open fails with ErrLocked
 //	a newer format          Open fails with ErrNewer
-//	a damaged file          Open fails with ErrCorrupt, which names the file, or what was promised and is
-//	                        not there; damage inside a table is found when that part is read, and fails
-//	                        with ErrCorrupt: the opening of the log, or Read. Only where a power cut came
+//	a damaged file          Open fails with ErrCorrupt, which names the file: write-ahead logs and the manifest
+//	                        have to be readable as far as they were synced. Only where a power cut came
 //	                        before, damage to what was written last can look like what that has torn
+//	a damaged table         is found when that part is read, and fails with ErrCorrupt: the opening of the log,
+//	                        or Read. Background work that comes upon it rests for a minute before it tries
+//	                        again; where writes wait for it for two, they fail with guildlog.ErrFailed
 //	a log that disagrees    Log fails with ErrCorrupt when head, newest and oldest record do not agree
 //	the wrong disk          Log fails with ErrLogMissing
 //	a read-only directory   Open fails with the system's error
@@ -42,7 +44,6 @@ import (
 	"log/slog"
 	"maps"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -144,11 +145,13 @@ type Store struct {
 	failed   chan struct{}
 	failure  error // set before failed is closed
 
-	promise promise
+	synced *synced
+	// promised is the sequence number of Pebble's before which everything is on disk.
+	promised atomic.Uint64
 
 	commits, records, slow atomic.Uint64
-	background             atomic.Pointer[error]
-	backgroundTold         atomic.Int64 // when it was last logged, Unix seconds
+	background             *background
+	trouble                atomic.Pointer[error] // the last of what is done in the background
 }
 
 // Open opens the store in a directory, or makes one there. It reads the inventory, but no logs.
@@ -166,7 +169,7 @@ func Open(dir string, o Options) (*Store, error) {
 		o.Logger = slog.Default()
 	}
 	s := &Store{
-		fs: o.FS, dir: dir, o: o, failed: make(chan struct{}),
+		fs: o.FS, dir: dir, o: o, failed: make(chan struct{}), background: newBackground(),
 		identities: map[snowflake.ID]Identity{}, logs: map[snowflake.ID]*Log{},
 	}
 	if s.fs == nil {
@@ -196,18 +199,23 @@ func (s *Store) open() (err error) {
 	if err := s.room(min(openRoom, s.o.Reserve), 2*reservePart); err != nil {
 		return err
 	}
-	before, found, err := readPromise(s.fs, s.dir)
-	if err != nil {
+	s.synced = &synced{fs: s.fs, dir: s.dir}
+	if err := s.synced.check(); err != nil {
 		return err
 	}
-	s.promise.promised = before
-	if err := s.check(before); err != nil {
+	existed := s.synced.exists()
+	if err := s.synced.open(); err != nil {
 		return err
 	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.synced.close())
+		}
+	}()
 	cache := pebble.NewCache(s.o.Cache)
 	defer cache.Unref()
 	o := &pebble.Options{
-		FS: s.o.FS, Lock: s.lock, Logger: (*logger)(s), EventListener: s.listener(), Cache: cache,
+		FS: s.synced.fileSystem(), Lock: s.lock, Logger: (*logger)(s), EventListener: s.listener(), Cache: cache,
 		// Its log says which bytes were synced, so that damage can be told from a torn end.
 		FormatMajorVersion: pebble.FormatValueSeparation,
 		MemTableSize:       memtable,
@@ -217,73 +225,22 @@ func (s *Store) open() (err error) {
 	for i := range o.Levels {
 		o.Levels[i].FilterPolicy = bloom.FilterPolicy(10) // keys are mostly looked up in vain
 	}
+	o.Experimental.CompactionScheduler = s.background
 	if s.o.FS == nil {
 		o.WithFSDefaults() // tells of slow writes
 	}
 	if s.db, err = pebble.Open(s.dir, o); err != nil {
 		return classify(err)
 	}
-	if err = s.keepPromise(before, found); err == nil {
-		err = s.load()
-	}
-	if err != nil {
-		return errors.Join(err, s.promise.close(), s.db.Close())
+	if err = s.load(existed); err != nil {
+		return errors.Join(err, s.closeDB())
 	}
 	return nil
 }
 
-// check fails with ErrCorrupt for a directory in which Pebble would start without what there was.
-func (s *Store) check(p promised) error {
-	d, err := pebble.Peek(s.dir, s.fs)
-	if err != nil {
-		return classify(err)
-	}
-	if d.Exists {
-		return checkManifest(s.fs, d.ManifestFilename, p)
-	}
-	// Pebble would start afresh and remove all tables.
-	names, err := s.fs.List(s.dir)
-	for _, name := range names {
-		if strings.HasSuffix(name, ".sst") || p.batches > 0 {
-			return fmt.Errorf("%w: there is %s, but no marker.manifest", ErrCorrupt, s.fs.PathJoin(s.dir, name))
-		}
-	}
-	return err
-}
-
-// keepPromise fails with ErrCorrupt when not all is there that was promised, and opens the file for further promises.
-func (s *Store) keepPromise(p promised, found bool) (err error) {
-	_, closer, err := s.db.Get(promiseKey)
-	has := err == nil
-	switch {
-	case has:
-		err = closer.Close()
-	case errors.Is(err, pebble.ErrNotFound):
-		err = nil
-	}
-	if err != nil {
-		return classify(err)
-	}
-	there, err := next(s.db)
-	switch {
-	case err != nil:
-		return err
-	case has && !found:
-		return fmt.Errorf("%w: there was %s, and it is gone", ErrCorrupt, s.fs.PathJoin(s.dir, promiseFile))
-	case there < p.batches:
-		return fmt.Errorf("%w: the end of a .log or MANIFEST file in %s is damaged or gone: what was written can be read up to %d, and up to %d it was synced by %s",
-			ErrCorrupt, s.dir, there, p.batches, promiseFile)
-	}
-	if err = s.promise.open(s.fs, s.dir, found); err != nil || has {
-		return err
-	}
-	b := s.db.NewBatch()
-	set(b, promiseKey, nil)
-	return s.apply(b, pebble.Sync)
-}
-
-// load reads the format's version and the inventory.
-func (s *Store) load() error {
+// load reads the format's version and the inventory. A directory that did not have the file SYNCED gets it,
+// unless it once had.
+func (s *Store) load(existed bool) error {
 	if err := s.iterate(inventory, func(key, value []byte) error {
 		guild, ok := identityGuild(key)
 		var r identityRecord
@@ -295,26 +252,51 @@ func (s *Store) load() error {
 	}); err != nil {
 		return err
 	}
-	value, closer, err := s.db.Get(formatKey)
+	version, hasVersion, err := s.setting(formatKey)
 	switch {
-	case err == nil:
-		defer closer.Close()
-		var version uint32
-		if err := decodeFixed(value, &version); err != nil {
-			return fmt.Errorf("%w: format version: %w", ErrCorrupt, err)
-		}
-		if version > formatVersion {
-			return fmt.Errorf("%w: format %d, this one knows formats up to %d", ErrNewer, version, formatVersion)
-		}
-		return nil
-	case !errors.Is(err, pebble.ErrNotFound):
-		return classify(err)
-	case len(s.identities) > 0:
+	case err != nil:
+		return err
+	case version > formatVersion:
+		return fmt.Errorf("%w: format %d, this one knows formats up to %d", ErrNewer, version, formatVersion)
+	case !hasVersion && len(s.identities) > 0:
 		return fmt.Errorf("%w: there are logs, but no format version", ErrCorrupt)
 	}
-	b := s.db.NewBatch()
-	set(b, formatKey, encodeFixed(uint32(formatVersion)))
+	_, hadSynced, err := s.setting(syncedKey)
+	switch {
+	case err != nil:
+		return err
+	case hadSynced && !existed:
+		return fmt.Errorf("%w: there is no %s any more, so that nobody knows what is missing", ErrCorrupt, s.synced.path())
+	case hadSynced && hasVersion:
+		return nil
+	}
+	if !existed {
+		if err := s.synced.create(); err != nil {
+			return classify(err)
+		}
+	}
+	b := s.newBatch()
+	if !hasVersion {
+		set(b, formatKey, encodeFixed(uint32(formatVersion)))
+	}
+	set(b, syncedKey, encodeFixed(uint32(1)))
 	return s.apply(b, pebble.Sync)
+}
+
+// setting reads one of the numbers about the whole directory.
+func (s *Store) setting(key []byte) (n uint32, found bool, err error) {
+	value, closer, err := s.db.Get(key)
+	if errors.Is(err, pebble.ErrNotFound) {
+		return 0, false, nil
+	}
+	if err != nil {
+		return 0, false, classify(err)
+	}
+	defer closer.Close()
+	if err := decodeFixed(value, &n); err != nil {
+		return 0, false, fmt.Errorf("%w: setting %q: %w", ErrCorrupt, key, err)
+	}
+	return n, true, nil
 }
 
 // Close closes the store when nobody uses it any more. After a failure there is nothing that could be
@@ -329,7 +311,12 @@ func (s *Store) Close() error {
 		return nil
 	}
 	s.closed = true
-	return errors.Join(s.db.Close(), s.promise.close(), s.lock.Close())
+	return errors.Join(s.closeDB(), s.synced.close(), s.lock.Close())
+}
+
+func (s *Store) closeDB() error {
+	close(s.background.stop)
+	return s.db.Close()
 }
 
 // enter is called before db is used; after nil, leave has to be called.
@@ -418,7 +405,7 @@ func (s *Store) birth(id Identity, first guildlog.Commit, again bool) (*Log, err
 	}
 	id.Log, id.Epoch = guildlog.NewID(true), 1
 	l := s.newLog(id)
-	b := s.db.NewBatch()
+	b := s.newBatch()
 	if exists {
 		remove(b, guildSpan(guild))
 	}
@@ -470,7 +457,7 @@ func (s *Store) change(guild snowflake.ID, stage func(*pebble.Batch, Identity)) 
 	if !ok {
 		return fmt.Errorf("%w: %s has no log of guild %s", ErrLogMissing, s.dir, guild)
 	}
-	b := s.db.NewBatch()
+	b := s.newBatch()
 	stage(b, id)
 	return s.apply(b, pebble.Sync)
 }
@@ -539,7 +526,7 @@ func (s *Store) Stats() (Stats, error) {
 		Commits: s.commits.Load(), Records: s.records.Load(), SlowWrites: s.slow.Load(),
 		SyncBuckets: map[float64]uint64{}, Err: s.Err(),
 	}
-	if err := s.background.Load(); err != nil {
+	if err := s.trouble.Load(); err != nil {
 		st.Background = *err
 	}
 	if usage, err := s.fs.GetDiskUsage(s.dir); err == nil {
