@@ -278,9 +278,9 @@ type GuildMode string
 const (
 	// GuildDirect: the shard holds all sessions itself.
 	GuildDirect GuildMode = "Direct"
-	// GuildPromoting: relays are on their way, or the shard's sessions on their way to relays.
+	// GuildPromoting: relays are on their way.
 	GuildPromoting GuildMode = "Promoting"
-	// GuildRelayed: relays hold the sessions.
+	// GuildRelayed: relays take the connections; sessions that the shard still has are on their way to them.
 	GuildRelayed GuildMode = "Relayed"
 	// GuildDemoting: the relays' sessions are on their way to the shard.
 	GuildDemoting GuildMode = "Demoting"

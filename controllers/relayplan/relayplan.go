@@ -24,9 +24,9 @@ type Mode string
 const (
 	// Direct: the shard holds all sessions itself.
 	Direct Mode = "Direct"
-	// Promoting: relays are on their way, or the shard's sessions on their way to relays.
+	// Promoting: relays are on their way.
 	Promoting Mode = "Promoting"
-	// Relayed: relays hold the sessions.
+	// Relayed: relays take the connections.
 	Relayed Mode = "Relayed"
 	// Demoting: the relays' sessions are on their way to the shard.
 	Demoting Mode = "Demoting"
@@ -297,7 +297,7 @@ func (p *plan) mode() Mode {
 		return Direct
 	case p.Want == 0:
 		return Demoting
-	case p.ShardAccepts || p.Shard.Sessions > p.Policy.MinSkewSessions:
+	case p.ShardAccepts || p.Shard.Accepting:
 		return Promoting
 	}
 	return Relayed

@@ -192,35 +192,3 @@ func TestLibrariesThroughKills(t *testing.T) {
 		t.Errorf("discord.js received %d messages of %d, of which the first %d are in order", got, want, inOrder())
 	}
 }
-
-// TestRelays has a guild in use spread over relays, which come, go and die, and brings it back to its shard.
-func TestRelays(t *testing.T) {
-	namespace := makeNamespace(t)
-	run := durableLoad(t, namespace, durableGuild(t, namespace))
-	status := func(path string) string {
-		t.Helper()
-		return kubectl(t, "-n", namespace, "get", "guild", "lobby", "-o", "jsonpath={.status."+path+"}")
-	}
-	relays := func(n int) {
-		t.Helper()
-		kubectl(t, "-n", namespace, "patch", "guild", "lobby", "--type=merge", "-p", fmt.Sprintf(`{"spec":{"relays":{"mode":"Manual","replicas":%d}}}`, n))
-		mode := "Relayed"
-		if n == 0 {
-			mode = "Direct"
-		}
-		eventually(t, fmt.Sprintf("%d relays", n), func() bool {
-			return status("mode") == mode && status("relays.replicas") == fmt.Sprint(n) && status("relays.ready") == fmt.Sprint(n)
-		})
-	}
-	relays(2)
-	relays(3)
-	victim := kubectl(t, "-n", namespace, "get", "pods", "-l", "app.kubernetes.io/component=relay", "-o", "jsonpath={.items[0].metadata.name}")
-	run.Disturb()
-	kubectl(t, "-n", namespace, "delete", "pod", victim, "--grace-period=0", "--force")
-	relays(3)
-	run.Disturb()
-	kill(t, namespace, "shard-a")
-	relays(1)
-	relays(0)
-	run.endResumed()
-}

@@ -45,7 +45,7 @@ func startLoad(t *testing.T, namespace, url string, change func(*generator.Optio
 // end ends publishing and fails the test unless every session has received everything once and in order.
 func (l *load) end() generator.Report {
 	l.t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), *patience)
 	defer cancel()
 	if l.endless {
 		l.Finish()

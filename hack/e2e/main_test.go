@@ -5,6 +5,7 @@ package e2e
 import (
 	"context"
 	"encoding/json"
+	"flag"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -21,7 +22,7 @@ import (
 )
 
 // patience bounds each wait of a test.
-const patience = 2 * time.Minute
+var patience = flag.Duration("patience", 2*time.Minute, "how long a test waits for something")
 
 // cluster is what all tests run on.
 var cluster *local.Cluster
@@ -59,7 +60,7 @@ func run(m *testing.M) int {
 // kubectl runs kubectl and returns what it prints.
 func kubectl(t *testing.T, args ...string) string {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), *patience)
 	defer cancel()
 	out, err := cluster.Kubectl(ctx, args...).Text()
 	if err != nil {
@@ -71,7 +72,7 @@ func kubectl(t *testing.T, args ...string) string {
 // apply applies a manifest.
 func apply(t *testing.T, namespace, manifest string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), *patience)
 	defer cancel()
 	c := cluster.Kubectl(ctx, "-n", namespace, "apply", "-f", "-")
 	c.Stdin = strings.NewReader(manifest)
@@ -161,10 +162,10 @@ func tokens(t *testing.T, namespace string) func(name string, publish bool) stri
 // eventually waits until the condition holds.
 func eventually(t *testing.T, what string, condition func() bool) {
 	t.Helper()
-	deadline := time.Now().Add(patience)
+	deadline := time.Now().Add(*patience)
 	for !condition() {
 		if time.Now().After(deadline) {
-			t.Fatalf("waited %v: %s", patience, what)
+			t.Fatalf("waited %v: %s", *patience, what)
 		}
 		time.Sleep(200 * time.Millisecond)
 	}

@@ -15,7 +15,7 @@ func TestUndeploy(t *testing.T) {
 			t.Error(err)
 		}
 	})
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), *patience)
 	defer cancel()
 	began := time.Now()
 	if err := cluster.Command(ctx, "make", "--no-print-directory", "undeploy", "KUBECTL="+cluster.KubectlPath).Run(); err != nil {

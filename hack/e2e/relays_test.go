@@ -1,0 +1,165 @@
+package e2e
+
+import (
+	"encoding/json"
+	"flag"
+	"fmt"
+	"testing"
+	"time"
+
+	"guildhall.dev/guildhall/hack/load/generator"
+)
+
+// How large guilds on relays get; "make torture-relays" asks for more.
+var (
+	crowd         = flag.Int("crowd", 300, "sessions that a guild grows to")
+	crowdRate     = flag.Float64("crowd-rate", 20, "events per second meanwhile")
+	perRelay      = flag.Int("per-relay", 100, "sessions that a relay is planned to hold")
+	operatorKills = flag.Int("operator-kills", 1, "how often the operator is killed in mid-round")
+)
+
+// relayed is what the status of the namespace's guild says of its relays.
+type relayed struct {
+	t         *testing.T
+	namespace string
+}
+
+type relayStatus struct {
+	Mode       string
+	Relays     struct{ Desired, Replicas, Ready, Updated, Draining int }
+	Rebalance  struct{ ToMove, Moved int }
+	Conditions []struct{ Type, Status, Reason, Message string }
+}
+
+func (r relayed) status() (s relayStatus) {
+	r.t.Helper()
+	if err := json.Unmarshal([]byte(kubectl(r.t, "-n", r.namespace, "get", "guild", "lobby", "-o", "jsonpath={.status}")), &s); err != nil {
+		r.t.Fatal(err)
+	}
+	return s
+}
+
+// patch changes the guild's spec.
+func (r relayed) patch(spec string) {
+	r.t.Helper()
+	kubectl(r.t, "-n", r.namespace, "patch", "guild", "lobby", "--type=merge", "-p", `{"spec":`+spec+`}`)
+}
+
+// is waits until the guild has so many relays, all of them ready and made from the present spec, and nothing else.
+func (r relayed) is(n int) {
+	r.t.Helper()
+	mode := "Relayed"
+	if n == 0 {
+		mode = "Direct"
+	}
+	eventually(r.t, fmt.Sprintf("%d relays", n), func() bool {
+		s := r.status()
+		return s.Mode == mode && s.Relays.Replicas == n && s.Relays.Ready == n && s.Relays.Updated == n && s.Relays.Draining == 0
+	})
+}
+
+// atLeast waits until so many relays serve, and the guild has no more than it wants.
+func (r relayed) atLeast(n int) {
+	r.t.Helper()
+	eventually(r.t, fmt.Sprintf("%d relays", n), func() bool {
+		s := r.status()
+		return s.Mode == "Relayed" && s.Relays.Ready >= n && s.Relays.Ready == s.Relays.Desired && s.Relays.Replicas == s.Relays.Ready
+	})
+}
+
+// balanced waits until the sessions lie evenly on the relays.
+func (r relayed) balanced() {
+	r.t.Helper()
+	began := time.Now()
+	eventually(r.t, "an even spread", func() bool {
+		for _, c := range r.status().Conditions {
+			if c.Type == "Balanced" {
+				return c.Status == "True"
+			}
+		}
+		return false
+	})
+	r.t.Logf("balanced after %v", time.Since(began).Round(time.Second))
+}
+
+// scale has the guild have so many relays.
+func (r relayed) scale(n int) {
+	r.t.Helper()
+	r.patch(fmt.Sprintf(`{"relays":{"mode":"Manual","replicas":%d}}`, n))
+}
+
+// killRelay deletes a relay's pod without giving it time.
+func (r relayed) killRelay() {
+	r.t.Helper()
+	victim := kubectl(r.t, "-n", r.namespace, "get", "pods", "-l", "app.kubernetes.io/component=relay", "-o", "jsonpath={.items[0].metadata.name}")
+	kubectl(r.t, "-n", r.namespace, "delete", "pod", victim, "--grace-period=0", "--force")
+}
+
+// TestRelays has a guild in use spread over relays, which come, go and die, as do their shard and the operator, and
+// brings it back to its shard.
+func TestRelays(t *testing.T) {
+	namespace := makeNamespace(t)
+	run := durableLoad(t, namespace, durableGuild(t, namespace))
+	r := relayed{t, namespace}
+	r.patch(`{"rebalance":{"maxMovesPerSecond":50,"minSkewSessions":1}}`)
+	r.scale(2)
+	r.is(2)
+	for i := range *operatorKills {
+		r.scale(3 - i%2)
+		eventually(t, "a round of moves", func() bool { return r.status().Rebalance.ToMove > 0 })
+		kubectl(t, "-n", "guildhall-system", "delete", "pod", "--all", "--wait=false", "--grace-period=0", "--force")
+		r.is(3 - i%2)
+	}
+	relays := 3 - (*operatorKills+1)%2
+	run.Disturb()
+	r.killRelay()
+	r.is(relays)
+	run.Disturb()
+	kill(t, namespace, "shard-a")
+	r.scale(1)
+	r.is(1)
+	r.scale(0)
+	r.is(0)
+	run.endResumed()
+}
+
+// TestCrowd has a guild grow until the operator spreads it over relays, replaces these while it is in use, and lets the
+// guild shrink to where it began. The few who are there from the beginning to the end miss nothing, nor do the many.
+func TestCrowd(t *testing.T) {
+	namespace := makeNamespace(t)
+	url := durableGuild(t, namespace)
+	r := relayed{t, namespace}
+	r.patch(fmt.Sprintf(`{"relays":{"sessionsPerRelay":%d,"maxReplicas":8,"stabilizationSeconds":{"down":10}}}`, *perRelay))
+	few := startLoad(t, namespace, url, func(o *generator.Options) { o.Sessions, o.Rate, o.Durable = 10, 1, true })
+	many := startLoad(t, namespace, url, func(o *generator.Options) {
+		o.UserBase += 1_000_000
+		o.Sessions, o.Rate, o.Durable, o.ConnectTimeout = *crowd, *crowdRate, true, 10*time.Minute
+		o.ConnectRate = max(50, float64(*crowd)/30)
+	})
+	r.atLeast((*crowd + *perRelay - 1) / *perRelay)
+	r.balanced()
+	few.Disturb()
+	many.Disturb()
+	r.killRelay()
+	r.atLeast((*crowd + *perRelay - 1) / *perRelay)
+	kubectl(t, "-n", namespace, "patch", "guildshard", "shard-a", "--type=merge", "-p", `{"spec":{"relayTemplate":{"env":[{"name":"ROUND","value":"2"}]}}}`)
+	eventually(t, "the roll-out to begin", func() bool { s := r.status(); return s.Relays.Updated < s.Relays.Replicas })
+	eventually(t, "the roll-out to end", func() bool {
+		s := r.status()
+		return s.Mode == "Relayed" && s.Relays.Updated == s.Relays.Desired && s.Relays.Ready == s.Relays.Desired && s.Relays.Draining == 0
+	})
+	r.balanced()
+	v := many.end()
+	if v.Reidentified != 0 {
+		t.Errorf("of the many, %d sessions identified anew", v.Reidentified)
+	}
+	// To the relays, from one that died, from those that were replaced, and to even that out.
+	if limit := uint64(6 * *crowd); v.Resumed > limit {
+		t.Errorf("%d sessions have resumed %d times, expected at most %d", *crowd, v.Resumed, limit)
+	}
+	many.Close()
+	r.is(0)
+	if v := few.end(); v.Reidentified != 0 {
+		t.Errorf("of the few, %d sessions identified anew", v.Reidentified)
+	}
+}
