@@ -18,6 +18,10 @@ import (
 
 const dialTimeout = 2 * time.Second
 
+// keepAlive finds out within 8 s that the other pod is gone and its network, too: nobody says so then, and the client
+// would wait until it misses a heartbeat.
+var keepAlive = net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: time.Second, Count: 3}
+
 var errNotUpgraded = errors.New("gateway: the other pod did not upgrade the connection")
 
 // dial opens a WebSocket connection to the pod that holds a guild. The frames of both sides
@@ -26,7 +30,7 @@ func (g *Gateway) dial(address, request string, deadline time.Time) (net.Conn, e
 	timeout := min(dialTimeout, time.Until(deadline))
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	var d net.Dialer
+	d := net.Dialer{KeepAliveConfig: keepAlive}
 	conn, err := d.DialContext(ctx, "tcp", address)
 	if err != nil {
 		return nil, err
