@@ -1,20 +1,43 @@
 package main
 
 import (
+	"context"
+	"errors"
 	"net"
 	"sync"
 )
 
+// places are for the connections that a process may have, one element for each.
+type places chan struct{}
+
+// errNoPlace: the process has all connections that it may have.
+var errNoPlace = errors.New("no descriptor is left for another connection")
+
+// dial connects if there is a place for the connection.
+func (p places) dial(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) {
+	select {
+	case p <- struct{}{}:
+	default:
+		return nil, errNoPlace
+	}
+	conn, err := d.DialContext(ctx, network, address)
+	if err != nil {
+		<-p
+		return nil, err
+	}
+	return &limitedConn{TCPConn: conn.(*net.TCPConn), places: p}, nil
+}
+
 // limitListener accepts connections of ln while there are places, which several listeners may share.
 // Unlike a wrapper around net.Conn, its connections stay TCP connections to those who look:
-// sessions write without blocking, and forwarded bytes are moved by the kernel.
-func limitListener(ln net.Listener, places chan struct{}) net.Listener {
+// sessions write without blocking.
+func limitListener(ln net.Listener, places places) net.Listener {
 	return &limitedListener{Listener: ln, places: places, closed: make(chan struct{})}
 }
 
 type limitedListener struct {
 	net.Listener
-	places chan struct{} // one element per connection
+	places places
 	once   sync.Once
 	closed chan struct{}
 }
@@ -41,7 +64,7 @@ func (l *limitedListener) Close() error {
 type limitedConn struct {
 	*net.TCPConn
 	once   sync.Once
-	places chan struct{}
+	places places
 }
 
 func (c *limitedConn) Close() error {

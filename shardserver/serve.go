@@ -138,8 +138,9 @@ type server struct {
 	api       *restclient.Config // without --file
 	keys      atomic.Pointer[token.Keys]
 	core      *fanout.Core
-	store     *store.Store         // nil: logs are in memory
-	poller    *poll.Poller         // nil where the system has none
+	store     *store.Store // nil: logs are in memory
+	poller    *poll.Poller // nil where the system has none
+	places    places
 	directory *directory.Directory // of a shard
 	links     *link.Server         // of a shard
 	orders    orders
@@ -153,7 +154,7 @@ type server struct {
 
 // newServer makes a server that listens. Its clients wait until it runs.
 func newServer(ctx context.Context, c config) (_ *server, err error) {
-	s := &server{config: c}
+	s := &server{config: c, places: make(places, connectionLimit())}
 	switch {
 	case c.relay != nil:
 	case c.file != "":
@@ -207,7 +208,7 @@ func newServer(ctx context.Context, c config) (_ *server, err error) {
 		guilds, requests = s.directory, s.directory
 	}
 	hold := cmp.Or(c.holdTime, gateway.HoldTime)
-	s.gateway = gateway.New(gateway.Options{Directory: guilds, Core: s.core, Poller: s.poller, Keys: s.keys.Load, HoldTime: hold})
+	s.gateway = gateway.New(gateway.Options{Directory: guilds, Core: s.core, Poller: s.poller, Keys: s.keys.Load, HoldTime: hold, Dial: s.places.dial})
 	s.rest = rest.New(rest.Options{Directory: requests, Keys: s.keys.Load, Logger: c.logger, HoldTime: hold})
 	s.meter = admin.NewLoadMeter(s.totals, s.gateway.Sessions)
 	return s, nil
@@ -383,11 +384,10 @@ func (s *server) listenAll() (l listeners, err error) {
 		}
 	}()
 	// Connections beyond what descriptors allow wait in the kernel's queue: they are held, not refused.
-	places := make(chan struct{}, connectionLimit())
 	if l.plain, err = net.Listen("tcp", s.listen); err != nil {
 		return l, fmt.Errorf("--listen: %w", err)
 	}
-	l.plain = limitListener(l.plain, places)
+	l.plain = limitListener(l.plain, s.places)
 	if l.admin, err = net.Listen("tcp", s.adminListen); err != nil {
 		return l, fmt.Errorf("--admin-listen: %w", err)
 	}
@@ -411,7 +411,7 @@ func (s *server) listenAll() (l listeners, err error) {
 	if l.tls, err = net.Listen("tcp", s.listenTLS); err != nil {
 		return l, fmt.Errorf("--listen-tls: %w", err)
 	}
-	l.tls = tls.NewListener(limitListener(l.tls, places), &tls.Config{
+	l.tls = tls.NewListener(limitListener(l.tls, s.places), &tls.Config{
 		GetCertificate: certificate.get, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12,
 	})
 	return l, nil

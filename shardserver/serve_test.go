@@ -921,3 +921,30 @@ func TestCommands(t *testing.T) {
 		})
 	}
 }
+
+// TestDialledConnectionsHavePlaces: connections to other pods count as those of clients do.
+func TestDialledConnectionsHavePlaces(t *testing.T) {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	p := make(places, 1)
+	dial := func() (net.Conn, error) { return p.dial(t.Context(), new(net.Dialer), "tcp", ln.Addr().String()) }
+	first, err := dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dial(); !errors.Is(err, errNoPlace) {
+		t.Errorf("a second one: %v", err)
+	}
+	first.Close()
+	if _, err := p.dial(t.Context(), new(net.Dialer), "tcp", "127.0.0.1:1"); err == nil || errors.Is(err, errNoPlace) {
+		t.Errorf("to nobody: %v", err)
+	}
+	second, err := dial()
+	if err != nil {
+		t.Fatal("the place has not come back:", err)
+	}
+	second.Close()
+}

@@ -127,6 +127,7 @@ func TestRelays(t *testing.T) {
 // guild shrink to where it began. The few who are there from the beginning to the end miss nothing, nor do the many.
 func TestCrowd(t *testing.T) {
 	namespace := makeNamespace(t)
+	apply(t, namespace, "{apiVersion: guildhall.dev/v1, kind: GuildShard, metadata: {name: shard-b}}") // half of the front door
 	url := durableGuild(t, namespace)
 	r := relayed{t, namespace}
 	r.patch(fmt.Sprintf(`{"relays":{"sessionsPerRelay":%d,"maxReplicas":8,"stabilizationSeconds":{"down":10}}}`, *perRelay))

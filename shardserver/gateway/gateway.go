@@ -88,6 +88,8 @@ type Options struct {
 	Poller *poll.Poller
 	// Keys returns the present key set.
 	Keys func() *token.Keys
+	// Dial connects to another pod, with the dialer's options; the dialer itself when nil.
+	Dial func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error)
 	// HoldTime is the constant of that name when 0.
 	HoldTime time.Duration
 }
@@ -123,6 +125,11 @@ type Gateway struct {
 func New(o Options) *Gateway {
 	if o.HoldTime == 0 {
 		o.HoldTime = HoldTime
+	}
+	if o.Dial == nil {
+		o.Dial = func(ctx context.Context, d *net.Dialer, network, address string) (net.Conn, error) {
+			return d.DialContext(ctx, network, address)
+		}
 	}
 	return &Gateway{
 		o: o, times: defaultTimes, maxHeld: maxHeld, maxHalfSent: maxHalfSent,

@@ -30,8 +30,7 @@ func (g *Gateway) dial(address, request string, deadline time.Time) (net.Conn, e
 	timeout := min(dialTimeout, time.Until(deadline))
 	ctx, cancel := context.WithTimeout(context.Background(), timeout)
 	defer cancel()
-	d := net.Dialer{KeepAliveConfig: keepAlive}
-	conn, err := d.DialContext(ctx, "tcp", address)
+	conn, err := g.o.Dial(ctx, &net.Dialer{KeepAliveConfig: keepAlive}, "tcp", address)
 	if err != nil {
 		return nil, err
 	}
@@ -79,8 +78,17 @@ func (s *splice) close() {
 	})
 }
 
-// splice copies between the client and the pod that holds its guild until one side ends. Between
-// plain sockets Linux moves the bytes in the kernel. early is what the client has sent already.
+// copySize and clientSize are what is copied at a time, to the client and from it.
+const copySize, clientSize = 4 << 10, 512
+
+// copyBytes copies until one side ends. Not as io.Copy does, by a pipe in the kernel: that takes two descriptors more for
+// each direction, and the bytes are few.
+func copyBytes(to, from net.Conn, size int) {
+	_, _ = io.CopyBuffer(struct{ io.Writer }{to}, struct{ io.Reader }{from}, make([]byte, size))
+}
+
+// splice copies between the client and the pod that holds its guild until one side ends. early is what the client
+// has sent already.
 func (g *Gateway) splice(client, holder net.Conn, early []byte) {
 	s := &splice{client: client, holder: holder}
 	g.mu.Lock()
@@ -105,10 +113,10 @@ func (g *Gateway) splice(client, holder net.Conn, early []byte) {
 		return
 	}
 	go func() {
-		_, _ = io.Copy(holder, client) // its end is all that matters
+		copyBytes(holder, client, clientSize)
 		s.close()
 	}()
-	_, _ = io.Copy(client, holder)
+	copyBytes(client, holder, copySize)
 }
 
 // writeEarly writes what had been read before the copying began.
