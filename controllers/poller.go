@@ -301,6 +301,7 @@ func validateReport(rep *report.Report, namespace string, shard shardRef) error 
 		r := &rep.Relays[i]
 		r.AgeMillis, r.Sessions, r.DeliveriesPerSecond = max(r.AgeMillis, 0), max(r.Sessions, 0), max(r.DeliveriesPerSecond, 0)
 		r.Round, r.Asked = max(r.Round, 0), max(r.Asked, 0)
+		r.ArrivalsPerSecond, r.Waiting = max(r.ArrivalsPerSecond, 0), max(r.Waiting, 0)
 	}
 	return nil
 }

@@ -95,7 +95,7 @@ func (r *relays) pass(ctx context.Context, v *guildView) (*relayPass, error) {
 	}
 	p.facts = f
 	if !r.matters(v, f) {
-		r.forget(v.guild.UID)
+		r.forget(v.guild)
 		p.count(v.linked)
 		return p, r.settle(ctx, v, f)
 	}
@@ -216,11 +216,13 @@ func (r *relays) act(ctx context.Context, v *guildView, wish relayWish, p *relay
 		r.markPods(ctx, p),
 		r.route(ctx, v, p, cached),
 	)
-	if err := errors.Join(failed...); err == nil {
+	certified := errors.Join(failed...) == nil
+	// First, since what has failed makes the next ones wait.
+	failed = append(failed, r.deletePods(ctx, p))
+	if certified {
 		// Without their certificate they would only wait.
 		failed = append(failed, r.createPods(ctx, wish, p))
 	}
-	failed = append(failed, r.deletePods(ctx, p))
 	return r.sort(p, failed)
 }
 
@@ -252,6 +254,7 @@ func (r *relays) settle(ctx context.Context, v *guildView, f *relayFacts) error 
 // remove ends what belongs to the relays of a guild that is being deleted. It does not wait for the pods:
 // the guild's sessions are ended by the shard.
 func (r *relays) remove(ctx context.Context, guild *v1.Guild, id string) error {
+	r.forget(guild)
 	if id == "" {
 		return nil
 	}
@@ -282,11 +285,12 @@ func (r *relays) state(guild types.UID) *relayState {
 	return s
 }
 
-// forget drops what is remembered of a guild.
-func (r *relays) forget(guild types.UID) {
+// forget drops what is remembered of a guild, and what was set aside for its moves.
+func (r *relays) forget(guild *v1.Guild) {
+	r.budget.release(guild.Namespace, guild.UID)
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	delete(r.states, guild)
+	delete(r.states, guild.UID)
 }
 
 // count counts the pods.

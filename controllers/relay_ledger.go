@@ -16,12 +16,19 @@ const ledgerLimit = 10 * time.Second
 type podLedger map[string]podWrite
 
 type podWrite struct {
-	pod     *corev1.Pod
-	deleted bool
-	at      time.Time
+	pod *corev1.Pod
+	// made: the cache has not shown the pod yet. It has shown all others.
+	made, deleted bool
+	at            time.Time
 }
 
-func (l podLedger) wrote(pod *corev1.Pod, now time.Time) { l[pod.Name] = podWrite{pod: pod, at: now} }
+func (l podLedger) made(pod *corev1.Pod, now time.Time) {
+	l[pod.Name] = podWrite{pod: pod, made: true, at: now}
+}
+
+func (l podLedger) wrote(pod *corev1.Pod, now time.Time) {
+	l[pod.Name] = podWrite{pod: pod, made: l[pod.Name].made, at: now}
+}
 
 func (l podLedger) deleted(pod *corev1.Pod, now time.Time) {
 	l[pod.Name] = podWrite{pod: pod, deleted: true, at: now}
@@ -51,7 +58,7 @@ func (l podLedger) current(cached []*corev1.Pod, now time.Time) []*corev1.Pod {
 	for name, w := range l {
 		switch {
 		case seen[name]:
-		case w.deleted || now.Sub(w.at) > ledgerLimit:
+		case w.deleted || !w.made || now.Sub(w.at) > ledgerLimit:
 			delete(l, name)
 		default:
 			out = append(out, w.pod)

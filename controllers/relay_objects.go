@@ -46,7 +46,7 @@ func relayIdentity(w relayWish) linkcert.Identity {
 
 // route has the guild's Service lead to the relays that take connections or, while there are none, to the shard.
 func (r *relays) route(ctx context.Context, v *guildView, p *relayPass, cached []*corev1.Pod) error {
-	toShard, settled := p.state.leadsToShard(&p.decision, p.facts, cached)
+	toShard, settled := p.state.leadsToShard(&p.decision, p.facts, cached, v.health.ready())
 	if !settled {
 		p.wait = labelSettles
 	}
@@ -57,9 +57,9 @@ func (r *relays) route(ctx context.Context, v *guildView, p *relayPass, cached [
 }
 
 // leadsToShard says where the Service is to lead. It has one selector, so it leads either to relays or to the
-// shard, and changes over in one step: to relays when one of those to accept is ready and its label
-// has been there for a while; until then it is not settled.
-func (s *relayState) leadsToShard(d *relayplan.Decision, f *relayFacts, cached []*corev1.Pod) (toShard, settled bool) {
+// shard, and changes over in one step: to the shard when that is ready, to relays when one of those to accept is ready and
+// its label has been there for a while; until then it is not settled.
+func (s *relayState) leadsToShard(d *relayplan.Decision, f *relayFacts, cached []*corev1.Pod, shardReady bool) (toShard, settled bool) {
 	shown := map[string]bool{}
 	for _, pod := range cached {
 		if pod.Labels[labelAccepting] == "true" && podReady(pod) && pod.DeletionTimestamp == nil {
@@ -81,6 +81,8 @@ func (s *relayState) leadsToShard(d *relayplan.Decision, f *relayFacts, cached [
 		settled = settled || ok && f.now.Sub(since) >= labelSettles
 	}
 	switch {
+	case d.ShardAccepts && !fresh && !shardReady && f.toRelays && len(f.endpoints) > 0:
+		return false, true // a shard that is not ready takes nothing over
 	case d.ShardAccepts && !fresh:
 		return true, true // what the relays keep they keep until the shard takes over
 	case settled:

@@ -40,9 +40,14 @@ type backoff struct {
 	trouble verdict
 }
 
-func (b *backoff) failed(now time.Time) {
-	if now.Sub(b.last) > failuresForgotten {
+// failed takes in that a pod has failed, or could not be made, that was made at a time. Those that are as old as the one
+// that failed last share its trouble, such as the end of a node, and make nobody wait.
+func (b *backoff) failed(made, now time.Time) {
+	switch {
+	case now.Sub(b.last) > failuresForgotten:
 		b.failures = 0
+	case b.failures > 0 && made.Before(b.last.Truncate(time.Second)): // pods are dated in seconds
+		return
 	}
 	delay := time.Duration(0)
 	if b.failures > 0 {
@@ -165,7 +170,7 @@ func (r *relays) createPods(ctx context.Context, wish relayWish, p *relayPass) e
 			return r.createFailed(ctx, wish, b, p.facts.now, err)
 		}
 		log.FromContext(ctx).V(1).Info("Made a relay", "pod", pod.Name)
-		p.state.ledger.wrote(pod, p.facts.now)
+		p.state.ledger.made(pod, p.facts.now)
 		p.replicas++
 		p.updated++
 	}
@@ -179,7 +184,7 @@ func (r *relays) createFailed(ctx context.Context, wish relayWish, b *backoff, n
 	if said == "" || namespaceEnding(err) {
 		return fmt.Errorf("creating a relay: %w", err)
 	}
-	b.failed(now)
+	b.failed(now, now)
 	b.until = now.Add(max(b.until.Sub(now), createDelay))
 	reason := reasonRejected
 	if apierrors.IsForbidden(err) && strings.Contains(said, "exceeded quota") {
@@ -218,7 +223,7 @@ func (r *relays) deletePods(ctx context.Context, p *relayPass) error {
 		if phase, _ := relayPhase(pod); phase == relayplan.Failed || phase == relayplan.Pending && drainingSince(pod).IsZero() &&
 			p.facts.now.Sub(pod.CreationTimestamp.Time) > p.facts.policy.PendingTimeout {
 			log.FromContext(ctx).Info("Replacing a relay that has failed", "pod", pod.Name, "health", healthOf(pod).message)
-			p.state.create.failed(p.facts.now)
+			p.state.create.failed(pod.CreationTimestamp.Time, p.facts.now)
 		}
 		if err := r.deletePod(ctx, pod); err != nil {
 			failed = append(failed, err)

@@ -50,10 +50,16 @@ func (v guildView) setRelays(status *v1.GuildStatus, w conditionWriter) (recheck
 		status.Rebalance = endedRounds(status.Rebalance)
 	case p.known() || status.Mode == "":
 		status.Mode = v1.GuildMode(p.decision.Mode)
-		status.Rebalance, recheck = rebalanceStatus(status.Rebalance, &p.decision, p.state, v.now)
+		status.Rebalance, recheck = rebalanceStatus(status.Rebalance, &p.decision, p.blocked(), p.state, v.now)
+	case p.unheard() && p.blocked() != "":
+		// How far moves are is not known, and why they do not go on is.
+		if status.Rebalance = status.Rebalance.DeepCopy(); status.Rebalance == nil {
+			status.Rebalance = new(v1.GuildRebalanceStatus)
+		}
+		status.Rebalance.BlockedReason = string(p.blocked())
 	}
 	w.set(condProgressing, p.progressing(status.Mode))
-	if p.known() {
+	if p.known() || p.unheard() {
 		w.set(condBalanced, p.balanced())
 	} else {
 		w.keep(condBalanced, p.balanced())
@@ -64,6 +70,19 @@ func (v guildView) setRelays(status *v1.GuildStatus, w conditionWriter) (recheck
 // known says whether there are reports to judge by; without them what was seen last stands.
 func (p *relayPass) known() bool { return !p.planned || p.facts.serving }
 
+// unheard: the shard does not speak of the guild, other than to a process that has only just begun to listen.
+func (p *relayPass) unheard() bool {
+	return p.planned && !p.facts.serving && p.facts.reports.freshness != awaited
+}
+
+// blocked is why relays are left as they are, if they are.
+func (p *relayPass) blocked() relayplan.Reason {
+	if d := &p.decision; d.Blocked == "" && (d.Want > 0 || p.replicas > 0) {
+		return d.Reports
+	}
+	return p.decision.Blocked
+}
+
 // endedRounds keeps of rounds that are over their number, which never comes again.
 func endedRounds(s *v1.GuildRebalanceStatus) *v1.GuildRebalanceStatus {
 	if s == nil || s.Round == 0 {
@@ -73,7 +92,7 @@ func endedRounds(s *v1.GuildRebalanceStatus) *v1.GuildRebalanceStatus {
 }
 
 // rebalanceStatus is how far moves are.
-func rebalanceStatus(was *v1.GuildRebalanceStatus, d *relayplan.Decision, s *relayState, now time.Time) (next *v1.GuildRebalanceStatus, recheck time.Duration) {
+func rebalanceStatus(was *v1.GuildRebalanceStatus, d *relayplan.Decision, blocked relayplan.Reason, s *relayState, now time.Time) (next *v1.GuildRebalanceStatus, recheck time.Duration) {
 	plan := d.Round
 	switch {
 	case d.Round != nil:
@@ -89,7 +108,7 @@ func rebalanceStatus(was *v1.GuildRebalanceStatus, d *relayplan.Decision, s *rel
 		if next = endedRounds(was); next != nil && s.round != nil && s.round.ID == next.Round {
 			next.Moved = new(int64(s.round.Moved))
 		}
-		if plan = d.Proposal; plan == nil && d.Blocked == "" {
+		if plan = d.Proposal; plan == nil && blocked == "" {
 			return next, 0
 		}
 		if next == nil {
@@ -100,7 +119,7 @@ func rebalanceStatus(was *v1.GuildRebalanceStatus, d *relayplan.Decision, s *rel
 		next.PlanHash, next.Summary = plan.Hash, plan.Summary
 		next.ToMove = new(int64(max(0, plan.ToMove-plan.Moved)))
 	}
-	next.BlockedReason = string(d.Blocked)
+	next.BlockedReason = string(blocked)
 	if was == nil || was.Round != next.Round || was.PlanHash != next.PlanHash || was.BlockedReason != next.BlockedReason || value(next.ToMove) == 0 {
 		s.movedAt = now
 		return next, 0

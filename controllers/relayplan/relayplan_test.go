@@ -350,7 +350,7 @@ func TestRounds(t *testing.T) {
 			guild: guild(0, relay("a", 0), relay("b", 12000).Closed(minute), relay("c", 11000).Closed(minute)).Manual(3).With(func(o *Observation) { o.Policy.MaxMovesPerSecond = 50 }), want: "b 3000",
 		},
 
-		"a relayed guild's shard is emptied":                    {guild: guild(9000, relay("a", 0)).ShardAccepting(-minute), want: "shard all"},
+		"a relayed guild's shard is emptied":                    {guild: guild(9000, relay("a", 0)).ShardAccepting(-minute), want: "shard 9000"},
 		"not while it still accepts":                            {guild: guild(9000, relay("a", 0)).ShardAccepting(minute)},
 		"not just after":                                        {guild: guild(9000, relay("a", 0)).ShardAccepting(-second)},
 		"relays that drain are emptied":                         {guild: guild(0, relay("a", 5000), relay("b", 5000), relay("c", 800).Draining(minute)).Manual(2), want: "c all"},

@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"time"
@@ -247,7 +248,8 @@ func (p *plan) drains() []Order {
 	}
 	slices.SortStableFunc(orders, func(a, b Order) int { return cmp.Compare(a.Leave, b.Leave) })
 	if p.Want > 0 && p.Shard.Sessions > 0 && p.stopped(&p.Shard.Endpoint) {
-		orders = slices.Insert(orders, 0, Order{Leave: p.Shard.Sessions, All: true})
+		// Not All: the shard stays, and while the order stands those may come back to it that it has moved.
+		orders = slices.Insert(orders, 0, Order{Leave: p.Shard.Sessions})
 	}
 	return orders
 }
@@ -302,7 +304,7 @@ func (p *plan) rebalance() []Order {
 	serving := p.serving()
 	for _, r := range serving {
 		if stays := r.load() * (1 - departing); stays > later.even+later.band {
-			orders = append(orders, Order{Relay: r.Name, Leave: min(r.Sessions, int(stays-target))})
+			orders = append(orders, Order{Relay: r.Name, Leave: min(r.Sessions, int(math.Ceil(stays-target)))})
 		}
 	}
 	if len(orders) == 0 {
