@@ -89,8 +89,9 @@ func TestARelayThatIsGoneIsReplaced(t *testing.T) {
 	c.relayed(v1.GuildRelayed, 2)
 	// One that has failed goes, and another comes.
 	failed := get[corev1.Pod](w, before[1])
+	running := client.MergeFrom(failed.DeepCopy())
 	failed.Status.Phase = corev1.PodFailed
-	if err := w.client.Status().Update(context.Background(), failed); err != nil {
+	if err := w.client.Status().Patch(context.Background(), failed, running); err != nil { // others write this pod, too
 		t.Fatal(err)
 	}
 	w.gone(failed)
