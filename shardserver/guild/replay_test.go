@@ -13,6 +13,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -26,12 +27,12 @@ import (
 
 // hearer is a client that resumes or identifies, and what it is sent.
 type hearer struct {
-	t      *testing.T
+	t      testing.TB
 	client Client
 	reader *bufio.Reader
 }
 
-func newHearer(t *testing.T, core *fanout.Core, user int) *hearer {
+func newHearer(t testing.TB, core *fanout.Core, user int) *hearer {
 	server, peer := net.Pipe()
 	s := core.NewSession(server, func(error) {})
 	t.Cleanup(func() { s.End(nil); peer.Close() })
@@ -386,4 +387,49 @@ func deref(frames []*fanout.Frame) (list []fanout.Frame) {
 		list = append(list, *f)
 	}
 	return list
+}
+
+// BenchmarkReplay has sessions come back at the same time behind 50,000 events of 256 bytes that only the disk has, and
+// that none of them is to see.
+func BenchmarkReplay(b *testing.B) {
+	const events, batch = 50_000, 100
+	r := guildlog.Retention{Bytes: 1 << 30, Age: time.Hour}
+	log := onDisk(b, store.Options{})
+	log.Retain(r)
+	var core *fanout.Core
+	again := func() *Guild { return open(b, log, func(c *Config) { c.Retention, core = r, c.Core }) }
+	g := again()
+	if _, _, err := g.Join(b.Context(), NewUser(userID(1), "u", false)); err != nil {
+		b.Fatal(err)
+	}
+	from := g.Counts().LastSeq
+	message := event("MESSAGE_CREATE", `{"content":"`+strings.Repeat("x", 256-len(`{"content":""}`))+`"}`)
+	for range events / batch {
+		if _, err := g.Publish(b.Context(), "", slices.Repeat([]Event{message}, batch)); err != nil {
+			b.Fatal(err)
+		}
+	}
+	last := g.Counts().LastSeq
+	g.Close(bye)
+	g = again() // its window has nothing
+	for _, sessions := range []int{1, 10, 100} {
+		b.Run(fmt.Sprint(sessions), func(b *testing.B) {
+			for range b.N {
+				var all sync.WaitGroup
+				for i := range sessions {
+					h := newHearer(b, core, 1)
+					h.client.Intents, h.client.Random = protocol.IntentGuilds, uint64(i)
+					if err := g.Resume(b.Context(), h.client, Resumption{Log: log.ID(), Base: guildlog.First, Seq: from}, func(Snapshot) { b.Error("afresh") }); err != nil {
+						b.Fatal(err)
+					}
+					all.Go(func() {
+						h.hears(fmt.Sprint("RESUMED ", last))
+						h.client.Session.End(nil)
+					})
+				}
+				all.Wait()
+			}
+			b.ReportMetric(float64(b.Elapsed().Microseconds())/float64(b.N)/float64(last-from)*1000, "µs/1000events")
+		})
+	}
 }
