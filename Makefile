@@ -176,6 +176,22 @@ bench-crowd: ## One guild's sessions on relays, all on this machine (CROWD, RELA
 	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
 	build/bench/bench crowd --shardserver build/bench/shardserver --sessions $(CROWD) --relays "$(RELAYS)" --length $(LENGTH)
 
+# The release, or other commit, that interop has this one work with.
+RELEASE ?= $(shell git describe --tags --abbrev=0 2>/dev/null)
+
+.PHONY: interop
+interop: ## Have the relays of another release follow this one's shard, and the reverse (RELEASE=<tag or commit>).
+	@test -n "$(RELEASE)" || { echo "RELEASE: expected a tag or a commit"; exit 1; }
+	rm -rf build/interop && mkdir -p build/interop/src
+	git archive $(RELEASE) | tar -x -C build/interop/src
+	cd build/interop/src && CGO_ENABLED=0 go build -trimpath -ldflags '-X main.version=$(RELEASE)' -o ../other ./shardserver
+	$(GO_BUILD) -o build/interop/this ./shardserver
+	go -C hack/bench build -o $(CURDIR)/build/bench/bench .
+	@echo "relays of $(RELEASE), this shard:"
+	build/bench/bench crowd --shardserver build/interop/this --relayserver build/interop/other --sessions 2000 --relays 2 --every 50ms --length 10s
+	@echo "these relays, a shard of $(RELEASE):"
+	build/bench/bench crowd --shardserver build/interop/other --relayserver build/interop/this --sessions 2000 --relays 2 --every 50ms --length 10s
+
 ##@ Build
 
 # CGO_ENABLED=0: the binaries run in an image that has nothing else.

@@ -26,6 +26,7 @@ const relaySessions = 15000
 func crowdCommand(ctx context.Context, args []string) error {
 	f := flag.NewFlagSet("bench crowd", flag.ContinueOnError)
 	binary := f.String("shardserver", "", "the shard server's binary")
+	relayBinary := f.String("relayserver", "", "the shard server's binary that the relays run, such as another release's; --shardserver when empty")
 	sessions := f.Int("sessions", 100000, "sessions of the guild")
 	relayCounts := f.String("relays", "", "numbers of relays, with commas between; as many as the sessions need when empty")
 	every := f.Duration("every", 2*time.Second, "time between two events")
@@ -36,6 +37,9 @@ func crowdCommand(ctx context.Context, args []string) error {
 	}
 	if *binary == "" || *sessions < 1 || *every <= 0 || *length < *every || f.NArg() > 0 {
 		return errors.New("expected --shardserver, sessions, a time between events and a length above it, and no arguments")
+	}
+	if *relayBinary == "" {
+		*relayBinary = *binary
 	}
 	runtime.LockOSThread() // children end with the thread that started them
 	counts := []int{(*sessions + relaySessions - 1) / relaySessions}
@@ -56,7 +60,7 @@ func crowdCommand(ctx context.Context, args []string) error {
 		if *disk {
 			data = filepath.Join(filepath.Dir(*binary), "crowd-data")
 		}
-		if err := crowd(ctx, *binary, data, min(*sessions, n*relaySessions), n, *every, *length); err != nil {
+		if err := crowd(ctx, *binary, *relayBinary, data, min(*sessions, n*relaySessions), n, *every, *length); err != nil {
 			return fmt.Errorf("%d relays: %w", n, err)
 		}
 	}
@@ -69,7 +73,7 @@ type relayed struct {
 	clients *clients
 }
 
-func crowd(ctx context.Context, binary, data string, sessions, relays int, every, length time.Duration) error {
+func crowd(ctx context.Context, binary, relayBinary, data string, sessions, relays int, every, length time.Duration) error {
 	links, err := os.MkdirTemp("", "guildhall-links-")
 	if err != nil {
 		return err
@@ -100,7 +104,7 @@ func crowd(ctx context.Context, binary, data string, sessions, relays int, every
 	var houses []relayed
 	for i := range relays {
 		r := relayed{server: &server{key: shard.key, guild: guildID}}
-		err := r.start(exec.CommandContext(ctx, binary, "relay", "--guild-id", strconv.Itoa(guildID), "--name", fmt.Sprint("relay-", i),
+		err := r.start(exec.CommandContext(ctx, relayBinary, "relay", "--guild-id", strconv.Itoa(guildID), "--name", fmt.Sprint("relay-", i),
 			"--shard-address", address, "--shard-rest-address", shard.address, "--link-dir", filepath.Join(links, "relay"),
 			"--keys-dir", filepath.Join(shard.dir, "keys"), "--gateway-url", "ws://127.0.0.1:1/g/"+strconv.Itoa(guildID)+"/", "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0"))
 		if err != nil {

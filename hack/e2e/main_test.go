@@ -186,6 +186,11 @@ func shardProcess(t *testing.T, namespace, shard string) *os.Process {
 
 // findShardProcess returns nil when there is none.
 func findShardProcess(namespace, shard string) *os.Process {
+	return findProcess("--namespace="+namespace, "--shard-name="+shard)
+}
+
+// findProcess finds the process of a shard server or relay by its arguments; nil when there is none.
+func findProcess(wanted ...string) *os.Process {
 	entries, _ := filepath.Glob("/proc/[0-9]*/cmdline")
 	for _, path := range entries {
 		cmdline, err := os.ReadFile(path)
@@ -193,7 +198,8 @@ func findShardProcess(namespace, shard string) *os.Process {
 			continue // it has ended
 		}
 		args := strings.Split(string(cmdline), "\x00")
-		if strings.HasSuffix(args[0], "/shardserver") && slices.Contains(args, "--namespace="+namespace) && slices.Contains(args, "--shard-name="+shard) {
+		missing := func(arg string) bool { return !slices.Contains(args, arg) }
+		if strings.HasSuffix(args[0], "/shardserver") && !slices.ContainsFunc(wanted, missing) {
 			if pid, err := strconv.Atoi(strings.Split(path, "/")[2]); err == nil {
 				process, _ := os.FindProcess(pid) // on Unix it always finds one
 				return process

@@ -290,6 +290,15 @@ func (r *Run) Resumed() uint64 { return r.swarm.resumed.Load() }
 // Acknowledged is how many events were.
 func (r *Run) Acknowledged() int { return r.auditor.Acknowledged() }
 
+// Last is the highest number of an acknowledged event.
+func (r *Run) Last() uint64 { return r.auditor.Last() }
+
+// Behind is how many clients have not got as far as a number.
+func (r *Run) Behind(number uint64) int {
+	n, _ := r.swarm.behind(number)
+	return n
+}
+
 // Statuses counts the answers to publishers that were errors, by HTTP status.
 func (r *Run) Statuses() map[int]int {
 	r.mu.Lock()
