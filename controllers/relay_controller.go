@@ -319,7 +319,7 @@ func (p *relayPass) count(linked bool) {
 	}
 }
 
-// unevenLoad says whether a relay has more sessions than the policy allows.
+// unevenLoad says whether a relay has more sessions than the policy allows, or the shard as many that relays ought to have.
 func unevenLoad(obs *relayplan.Observation) bool {
 	sum, most, n := 0, 0, 0
 	for i := range obs.Relays {
@@ -330,8 +330,9 @@ func unevenLoad(obs *relayplan.Observation) bool {
 	if n == 0 {
 		return false
 	}
-	even := float64(sum) / float64(n)
-	return float64(most) > even+max(even*float64(obs.Policy.MaxSkewPercent)/100, float64(obs.Policy.MinSkewSessions))
+	even := float64(sum+obs.Shard.Sessions) / float64(n)
+	slack := max(even*float64(obs.Policy.MaxSkewPercent)/100, float64(obs.Policy.MinSkewSessions))
+	return float64(most) > even+slack || float64(obs.Shard.Sessions) > slack
 }
 
 func firstTrouble(verdicts ...verdict) verdict {

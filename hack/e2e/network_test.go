@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os/exec"
+	"path"
 	"strconv"
 	"strings"
 	"testing"
@@ -81,13 +82,19 @@ func slow(t *testing.T, pid, rate int) (heal func()) {
 // all clients lose their connections at once, all of them resume.
 func TestRelaysOnABadNetwork(t *testing.T) {
 	namespace := makeNamespace(t)
-	run := durableLoad(t, namespace, durableGuild(t, namespace))
+	url := durableGuild(t, namespace)
 	r := relayed{t, namespace}
 	r.patch(`{"rebalance":{"minSkewSessions":1}}`)
 	r.scale(2)
 	r.is(2)
+	// Clients do not come by way of the shard's pod.
+	id := path.Base(url)
+	direct := "ws://" + kubectl(t, "-n", namespace, "get", "service", "relay-"+id, "-o", "jsonpath={.spec.clusterIP}")
+	r.patch(fmt.Sprintf(`{"gateway":{"publicURL":%q}}`, direct))
+	eventually(t, "relays with the new address to be wanted", func() bool { return r.status().Relays.Updated < 2 })
+	r.is(2)
+	run := durableLoad(t, namespace, direct+"/g/"+id+"/")
 	r.balanced()
-	r.patch(`{"rebalance":{"mode":"Disabled"}}`)
 	pods := "jsonpath={.items[0].metadata.name} {.items[0].status.podIP}"
 	name, address, _ := strings.Cut(kubectl(t, "-n", namespace, "get", "pods", "-l", "app.kubernetes.io/component=relay", "-o", pods), " ")
 	relay := findProcess("--namespace="+namespace, "--name="+name)
