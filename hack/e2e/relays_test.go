@@ -95,6 +95,93 @@ func (r relayed) killRelay() {
 	kubectl(r.t, "-n", r.namespace, "delete", "pod", victim, "--grace-period=0", "--force")
 }
 
+// pace logs how fast the load's sessions come back from moves, while the guild gets to where moved waits for.
+func (l *load) pace(moved func()) {
+	l.t.Helper()
+	type mark struct {
+		at time.Time
+		n  uint64
+	}
+	before := l.Resumed()
+	end, watched := make(chan struct{}), make(chan []mark)
+	go func() {
+		marks := []mark{{time.Now(), before}}
+		tick := time.NewTicker(50 * time.Millisecond)
+		defer tick.Stop()
+		for {
+			select {
+			case now := <-tick.C:
+				if n := l.Resumed(); n > marks[len(marks)-1].n {
+					marks = append(marks, mark{now, n})
+				}
+			case <-end:
+				watched <- marks
+				return
+			}
+		}
+	}()
+	moved()
+	close(end)
+	marks := <-watched
+	last := marks[len(marks)-1]
+	reached := func(share float64) mark { // of the moves
+		for _, m := range marks {
+			if float64(m.n-before) >= share*float64(last.n-before) {
+				return m
+			}
+		}
+		return last
+	}
+	from, to := reached(0.1), reached(0.9)
+	l.t.Logf("%d resumes in %v; %.0f per second between a tenth and nine tenths", last.n-before, last.at.Sub(reached(1e-9).at).Round(10*time.Millisecond),
+		float64(to.n-from.n)/to.at.Sub(from.at).Seconds())
+}
+
+// acks logs how long publishing takes meanwhile.
+func acks(t *testing.T, namespace, url, when string, meanwhile func()) {
+	t.Helper()
+	probe := startLoad(t, namespace, url, func(o *generator.Options) {
+		o.UserBase += 2_000_000
+		o.Sessions, o.Rate, o.Durable = 1, 50, true
+	})
+	meanwhile()
+	r := probe.end()
+	t.Logf("%s: %d events acknowledged, p50 %v ms, p99 %v ms", when, r.Events, r.AckP50, r.AckP99)
+	probe.Close()
+}
+
+// TestPace has all sessions of a guild go to relays and back: it shows how long publishers wait meanwhile, and whether
+// sessions move as fast as spec.rebalance.maxMovesPerSecond says.
+func TestPace(t *testing.T) {
+	namespace := makeNamespace(t)
+	apply(t, namespace, "{apiVersion: guildhall.dev/v1, kind: GuildShard, metadata: {name: shard-b}}") // half of the front door
+	url := durableGuild(t, namespace)
+	r := relayed{t, namespace}
+	perSecond := max(50, *crowd/15)
+	r.patch(fmt.Sprintf(`{"rebalance":{"maxMovesPerSecond":%d}}`, perSecond))
+	run := startLoad(t, namespace, url, func(o *generator.Options) {
+		o.Sessions, o.Rate, o.Durable, o.ConnectTimeout = *crowd, 1, true, 5*time.Minute
+	})
+	calm := func() { run.during(10 * time.Second) }
+	acks(t, namespace, url, "calm, on the shard", calm)
+	acks(t, namespace, url, "on the way to relays", func() {
+		r.scale(2)
+		run.pace(func() {
+			r.is(2)
+			r.balanced()
+		})
+	})
+	acks(t, namespace, url, "calm, on relays", calm)
+	t.Logf("back, at %d per second:", perSecond)
+	acks(t, namespace, url, "on the way back", func() {
+		r.scale(0)
+		run.pace(func() { r.is(0) })
+	})
+	if v := run.end(); v.Reidentified != 0 {
+		t.Errorf("%d sessions identified anew", v.Reidentified)
+	}
+}
+
 // TestRelays has a guild in use spread over relays, which come, go and die, as do their shard and the operator, and
 // brings it back to its shard.
 func TestRelays(t *testing.T) {

@@ -34,6 +34,7 @@ type publisher struct {
 	finish   <-chan struct{} // closed when no further events are to be published
 	answered func(events int)
 	status   func(code int) // told of each answer that is an error
+	took     func(time.Duration)
 
 	earlier []*request
 }
@@ -93,7 +94,12 @@ func (p *publisher) next(ctx context.Context, count uint32, size int) error {
 	if err != nil {
 		return err
 	}
-	if answered, err := p.send(ctx, r, p.abandon); !answered || p.again == 0 {
+	began := time.Now()
+	answered, err := p.send(ctx, r, p.abandon)
+	if answered {
+		p.took(time.Since(began))
+	}
+	if !answered || p.again == 0 {
 		return err
 	}
 	if len(p.earlier) < kept {

@@ -99,6 +99,8 @@ type Report struct {
 	Reidentified   uint64   `json:"reidentified"`
 	P50            float64  `json:"p50_ms"` // from publishing to receipt
 	P99            float64  `json:"p99_ms"`
+	AckP50         float64  `json:"ack_p50_ms"` // from publishing to the answer, repetitions included
+	AckP99         float64  `json:"ack_p99_ms"`
 	ResumeP50      float64  `json:"resume_p50_ms"` // from the loss of a session's connection to its RESUMED
 	ResumeP99      float64  `json:"resume_p99_ms"`
 	Seconds        float64  `json:"seconds"`         // from the first event published to the last one received
@@ -137,6 +139,7 @@ type Run struct {
 	connected time.Time // zero until all sessions are live
 	settled   time.Time
 
+	acks     histogram
 	mu       sync.Mutex
 	statuses map[int]int
 }
@@ -364,7 +367,8 @@ func (r *Run) publish(ctx context.Context) error {
 		p := &publisher{
 			guild: r.guild, auditor: r.auditor, number: i, of: r.o.Publishers, total: r.o.Events, batch: r.o.Batch, rate: r.o.Rate,
 			again: r.o.Again, abandon: r.o.Abandon, finish: r.finish, status: r.status,
-			run: r.swarm.runID, token: r.o.PublishToken, event: r.o.Event, channel: channel, size: r.o.Payload, answered: answered,
+			took: func(d time.Duration) { r.acks.add(i, d) },
+			run:  r.swarm.runID, token: r.o.PublishToken, event: r.o.Event, channel: channel, size: r.o.Payload, answered: answered,
 		}
 		publishers.Go(func() {
 			if err := p.publish(ctx, start); err != nil {
@@ -458,6 +462,8 @@ func (r *Run) Report(ctx context.Context, err error) Report {
 		rep.Resumed, rep.Reidentified = r.swarm.resumed.Load(), r.swarm.reidentified.Load()
 		p := r.swarm.latency.percentiles(0.5, 0.99)
 		rep.P50, rep.P99 = milliseconds(p[0]), milliseconds(p[1])
+		p = r.acks.percentiles(0.5, 0.99)
+		rep.AckP50, rep.AckP99 = milliseconds(p[0]), milliseconds(p[1])
 		p = r.swarm.away.percentiles(0.5, 0.99)
 		rep.ResumeP50, rep.ResumeP99 = milliseconds(p[0]), milliseconds(p[1])
 	}

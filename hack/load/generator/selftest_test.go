@@ -161,7 +161,7 @@ func TestCrashes(t *testing.T) {
 		{faultNone, []string{"--durable", "--again", "0.2", "--abandon", "1"}, nil},
 		{faultSessions, nil, nil}, // as with a log in memory
 		{faultSessions, []string{"--durable"}, func(r Report) bool { return r.Invalidated > 0 && r.Reidentified >= r.Invalidated }},
-		{faultTail, []string{"--durable"}, func(r Report) bool { return r.Invalidated > 0 && r.Reordered > 0 && r.Lost > 0 }},
+		{faultTail, []string{"--durable"}, func(r Report) bool { return r.Reordered > 0 && r.Lost > 0 }},
 		{faultKeys, []string{"--durable"}, func(r Report) bool { return r.Doubled > 0 }},
 		{faultRefused, []string{"--abandon", "1"}, func(r Report) bool { return r.Refuted > 0 && r.Reordered+r.Doubled+r.Lost == 0 }},
 		{faultAnswer, []string{"--again", "1"}, func(r Report) bool { return r.Reordered > 0 }},
@@ -307,7 +307,7 @@ func TestReportLine(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []string{
-		"audit", "connect_seconds", "corrupted", "cpu_seconds", "deliveries", "doubled", "events", "invalidated", "lost", "p50_ms", "p99_ms",
+		"ack_p50_ms", "ack_p99_ms", "audit", "connect_seconds", "corrupted", "cpu_seconds", "deliveries", "doubled", "events", "invalidated", "lost", "p50_ms", "p99_ms",
 		"refuted", "reidentified", "reordered", "resume_p50_ms", "resume_p99_ms", "resumed", "seconds", "sessions",
 	}
 	if diff := cmp.Diff(want, slices.Sorted(maps.Keys(fields))); diff != "" {
