@@ -109,7 +109,7 @@ func TestCluster(t *testing.T) {
 	}
 
 	t.Run("supervisor killed", func(t *testing.T) {
-		pids, err := daemonPIDs(c.layout)
+		pids, err := daemonPIDs(c.layout, c.layout.node())
 		if err != nil || len(pids) != 2 {
 			t.Fatalf("the daemon is %v, %v", pids, err)
 		}
@@ -118,7 +118,7 @@ func TestCluster(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.eventually("the daemon to end", func() error {
-			if pids, _ := daemonPIDs(c.layout); len(pids) > 0 {
+			if pids, _ := daemonPIDs(c.layout, c.layout.node()); len(pids) > 0 {
 				return fmt.Errorf("still there: %v", pids)
 			}
 			return nil
@@ -343,7 +343,7 @@ func (c testCluster) testStreams(t *testing.T) {
 
 func (c testCluster) component(name string) componentStatus {
 	c.Helper()
-	status, err := readStatus(c.Context(), c.layout)
+	status, err := readStatus(c.Context(), c.layout.node())
 	if err != nil {
 		c.Fatal(err)
 	}
@@ -358,7 +358,7 @@ func (c testCluster) component(name string) componentStatus {
 
 func (c testCluster) testAPIServer(t *testing.T) {
 	c.T = t
-	processes, err := clusterProcesses(c.layout)
+	processes, err := nodeProcesses(c.layout, c.layout.node())
 	if err != nil {
 		t.Fatal(err)
 	}
