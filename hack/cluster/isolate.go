@@ -50,7 +50,8 @@ func startDaemon(l layout, n node) (pid int, err error) {
 	if err := cmd.Start(); err != nil {
 		return 0, fmt.Errorf("starting the supervisor: %w", err)
 	}
-	return cmd.Process.Pid, cmd.Process.Release()
+	pid = cmd.Process.Pid // Release forgets it
+	return pid, cmd.Process.Release()
 }
 
 // hiddenFolders are places that containerd, the kubelet and mount(8) write to
