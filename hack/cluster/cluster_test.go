@@ -432,7 +432,9 @@ func (c testCluster) testSecondNode(t *testing.T) {
 		t.Errorf("the pod's address is %s", ip)
 	}
 	for _, pod := range []string{"probe-0", "away"} {
-		get := func(url string) string { return c.run("kubectl", "exec", "-n", "probe", pod, "--", "/probe", "get", url) }
+		get := func(url string) string {
+			return c.run("kubectl", "exec", "-n", "probe", pod, "--", "/probe", "get", url)
+		}
 		answers := map[string]bool{}
 		c.eventually("every pod of the Service to answer "+pod, func() error {
 			answers[get("http://probe/")] = true
@@ -482,6 +484,7 @@ func (c testCluster) testSecondNode(t *testing.T) {
 		t.Error("a node was lost twice")
 	}
 	c.run("join", "node-2")
+	start = time.Now()
 	c.eventually("the pod to run again", func() error {
 		got, err := httpGet("http://" + c.get("pod/away", ".status.podIP") + ":8080")
 		if err == nil && got != "hello from away\n" {
@@ -489,6 +492,7 @@ func (c testCluster) testSecondNode(t *testing.T) {
 		}
 		return err
 	})
+	t.Logf("the pod answers %v after its node's return", time.Since(start))
 }
 
 // machineState is everything on the machine that a cluster could leave behind.

@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"time"
 )
 
@@ -29,10 +31,7 @@ func join(ctx context.Context, l layout, name string) error {
 	if err := removeNode(ctx, l, n); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(n.dir); err != nil {
-		return err
-	}
-	if err := prepareNode(l, n); err != nil {
+	if err := renew(l, n); err != nil {
 		return err
 	}
 	if err := exportImages(ctx, l, l.node(), n.path("images.tar")); err != nil {
@@ -50,6 +49,27 @@ func join(ctx context.Context, l layout, name string) error {
 	}
 	fmt.Fprintf(os.Stderr, "%s has joined after %.0fs\n", n.name, time.Since(start).Seconds())
 	return nil
+}
+
+// renew empties a node, but for the note of the address that it gave away last:
+// to others the earlier ones are still those of pods that were lost, for up to a
+// minute, and pods that got the same would not be found.
+func renew(l layout, n node) error {
+	file := n.path("ipam/guildhall/last_reserved_ip.0")
+	last, err := os.ReadFile(file)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.RemoveAll(n.dir); err != nil {
+		return err
+	}
+	if err := prepareNode(l, n); err != nil || last == nil {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
+		return err
+	}
+	return os.WriteFile(file, last, 0o644)
 }
 
 // lose ends a node as a power cut does. Kubernetes is not told.
