@@ -107,6 +107,45 @@ func TestARelayThatIsGoneIsReplaced(t *testing.T) {
 	c.relayed(v1.GuildRelayed, 2)
 }
 
+// A pod on a node that is lost is never done with being deleted.
+func TestARelayThatCannotEndIsReplaced(t *testing.T) {
+	w, c := relayWorld(t, 100, manual(2), brisk())
+	w.operate()
+	c.relayed(v1.GuildRelayed, 2)
+	var lost string
+	c.set(func(c *crowd) { lost = slices.Min(slices.Collect(maps.Keys(c.relays))) })
+	finalizers := func(of ...string) {
+		t.Helper()
+		pod := get[corev1.Pod](w, lost)
+		before := client.MergeFrom(pod.DeepCopy())
+		pod.Finalizers = of
+		if err := w.client.Patch(context.Background(), pod, before); err != nil {
+			t.Fatal(err)
+		}
+	}
+	finalizers("test.guildhall.dev/node-is-lost")
+	if err := w.client.Delete(context.Background(), get[corev1.Pod](w, lost)); err != nil {
+		t.Fatal(err)
+	}
+	is := func(mode v1.GuildMode, ready int32) {
+		t.Helper()
+		eventually(t, time.Minute, func() string {
+			g := w.guild("lobby")
+			if s := g.Status.Relays; g.Status.Mode != mode || s == nil || s.Ready == nil || s.Draining == nil ||
+				*s.Ready != ready || *s.Draining != 1 {
+				return fmt.Sprintf("mode %s with %d relays, besides the lost one; it is %s with %+v", mode, ready, g.Status.Mode, s)
+			}
+			return ""
+		})
+	}
+	is(v1.GuildRelayed, 2)
+	c.set(func(c *crowd) { c.floor = 0 })
+	w.scale("lobby", 0)
+	is(v1.GuildDirect, 0)
+	finalizers()
+	c.relayed(v1.GuildDirect, 0)
+}
+
 func TestRelaysThatCannotBeMade(t *testing.T) {
 	w, c := relayWorld(t, 100, manual(0), brisk())
 	w.operate()

@@ -2,12 +2,15 @@ package controllers
 
 import (
 	"slices"
+	"strconv"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	v1 "guildhall.dev/guildhall/api/v1"
 )
 
 func TestWaitAfterPodsThatFailed(t *testing.T) {
@@ -77,6 +80,42 @@ func TestWhatWasWrittenCountsUntilTheCacheShowsIt(t *testing.T) {
 			}
 			if diff := cmp.Diff(tc.want, got); diff != "" {
 				t.Errorf("versions (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestRelaysLeaveALostNode(t *testing.T) {
+	const notReady, unreachable = corev1.TaintNodeNotReady, corev1.TaintNodeUnreachable
+	for name, tc := range map[string]struct {
+		own  []corev1.Toleration
+		want []string
+	}{
+		"by themselves":             {nil, []string{notReady + " 30", unreachable + " 30"}},
+		"and other things are said": {[]corev1.Toleration{{Key: "gpu", Operator: corev1.TolerationOpExists}}, []string{"gpu", notReady + " 30", unreachable + " 30"}},
+		"as the user says": {
+			[]corev1.Toleration{{Key: unreachable, Operator: corev1.TolerationOpExists, TolerationSeconds: new(int64(600))}},
+			[]string{unreachable + " 600", notReady + " 30"},
+		},
+		"never": {[]corev1.Toleration{{Operator: corev1.TolerationOpExists}}, []string{""}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			shard := makeShard("ns", "a").Obj()
+			shard.Spec.RelayTemplate = &v1.PodTemplate{Tolerations: tc.own}
+			pod, err := relayWish{guild: makeGuild("ns", "lobby").Obj(), id: "1", shard: shard}.pod("relay", "revision")
+			if err != nil {
+				t.Fatal(err)
+			}
+			var got []string
+			for _, toleration := range pod.Spec.Tolerations {
+				said := toleration.Key
+				if toleration.TolerationSeconds != nil {
+					said += " " + strconv.FormatInt(*toleration.TolerationSeconds, 10)
+				}
+				got = append(got, said)
+			}
+			if diff := cmp.Diff(tc.want, got); diff != "" {
+				t.Errorf("tolerations (-want +got):\n%s", diff)
 			}
 		})
 	}

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"maps"
+	"slices"
 	"strconv"
 	"time"
 
@@ -18,6 +19,9 @@ import (
 	v1 "guildhall.dev/guildhall/api/v1"
 	"guildhall.dev/guildhall/controllers/relayplan"
 )
+
+// lostNodeSeconds is how long a relay stays on a node that is not heard of.
+const lostNodeSeconds = 30
 
 // relayWish is what a guild's relays are made from.
 type relayWish struct {
@@ -89,6 +93,7 @@ func (w relayWish) pod(name, revision string) (*corev1.Pod, error) {
 	if err := shapePod(spec, t); err != nil {
 		return nil, err
 	}
+	spec.WithTolerations(lostNode(t.Tolerations)...)
 	if len(t.TopologySpreadConstraints) == 0 {
 		spec.WithTopologySpreadConstraints(accorev1.TopologySpreadConstraint().
 			WithMaxSkew(1).WithTopologyKey(corev1.LabelHostname).WithWhenUnsatisfiable(corev1.ScheduleAnyway).
@@ -112,6 +117,21 @@ func (w relayWish) pod(name, revision string) (*corev1.Pod, error) {
 	maps.Copy(pod.Annotations, t.Metadata.Annotations)
 	pod.Annotations[annotationRevision] = revision
 	return pod, nil
+}
+
+// lostNode has a relay that nobody can reach replaced sooner than after Kubernetes' 5 minutes: its sessions go on
+// elsewhere, and there is nothing on the node to wait for. What the user tolerates stays as it is.
+func lostNode(own []corev1.Toleration) (added []*accorev1.TolerationApplyConfiguration) {
+	for _, taint := range []string{corev1.TaintNodeNotReady, corev1.TaintNodeUnreachable} {
+		if slices.ContainsFunc(own, func(t corev1.Toleration) bool {
+			return (t.Key == taint || t.Key == "") && (t.Effect == corev1.TaintEffectNoExecute || t.Effect == "")
+		}) {
+			continue
+		}
+		added = append(added, accorev1.Toleration().WithKey(taint).WithOperator(corev1.TolerationOpExists).
+			WithEffect(corev1.TaintEffectNoExecute).WithTolerationSeconds(lostNodeSeconds))
+	}
+	return added
 }
 
 // linked says whether a shard's pod takes links: one that an earlier version has made does not.

@@ -5,19 +5,17 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"os"
 	"os/exec"
+	"slices"
+	"strings"
 	"time"
 )
 
 // bootstrap brings a fresh cluster to its first use. Every wait has an end, and
 // a message that names what it waited for.
 func (s *supervisor) bootstrap(ctx context.Context) error {
-	n := s.layout.node()
-	units := map[string]*unit{}
-	for _, u := range s.units {
-		units[u.name] = u
-	}
-
+	n := s.node
 	client, err := newAPIClient(s.layout)
 	if err != nil {
 		return err
@@ -25,13 +23,11 @@ func (s *supervisor) bootstrap(ctx context.Context) error {
 	go (&localProvisioner{client: client, folder: s.layout.volumes(), node: n.name}).run(ctx)
 
 	for _, name := range []string{"containerd", "etcd", "kube-apiserver"} {
-		s.stage("waiting for %s", name)
-		if err := units[name].waitFor(ctx, stateReady, startLimit); err != nil {
+		if err := s.waitFor(ctx, name); err != nil {
 			return err
 		}
 		if name == "containerd" {
-			s.stage("importing the sandbox image")
-			if err := importImage(ctx, s.layout, s.layout.path("pause.tar")); err != nil {
+			if err := s.importImages(ctx); err != nil {
 				return err
 			}
 		}
@@ -40,7 +36,7 @@ func (s *supervisor) bootstrap(ctx context.Context) error {
 	s.stage("applying the cluster's own objects")
 	for _, m := range manifests(n) {
 		// The namespace or a default role may be a moment behind.
-		err := retry(ctx, 30*time.Second, "applying "+m.path, s.layout.log("kube-apiserver"), func() error {
+		err := retry(ctx, 30*time.Second, "applying "+m.path, n.log("kube-apiserver"), func() error {
 			return client.apply(ctx, m.path, m.yaml)
 		})
 		if err != nil {
@@ -48,29 +44,18 @@ func (s *supervisor) bootstrap(ctx context.Context) error {
 		}
 	}
 
-	for _, u := range s.units {
-		s.stage("waiting for %s", u.name)
-		if err := u.waitFor(ctx, stateReady, startLimit); err != nil {
-			return err
-		}
-	}
-
-	s.stage("waiting for the node to be ready")
-	err = retry(ctx, startLimit, "the node to be ready", s.layout.log("kubelet"), func() error {
-		return nodeReady(ctx, client, n)
-	})
-	if err != nil {
+	if err := s.waitForNode(ctx, client); err != nil {
 		return err
 	}
 	s.stage("waiting for the default service account")
-	err = retry(ctx, time.Minute, "the default service account", s.layout.log("kube-controller-manager"), func() error {
+	err = retry(ctx, time.Minute, "the default service account", n.log("kube-controller-manager"), func() error {
 		return client.get(ctx, "/api/v1/namespaces/default/serviceaccounts/default", nil)
 	})
 	if err != nil {
 		return err
 	}
 	s.stage("waiting for cluster DNS to answer")
-	err = retry(ctx, time.Minute, "cluster DNS to answer at "+dnsIP, s.layout.log("coredns"), func() error {
+	err = retry(ctx, time.Minute, "cluster DNS to answer at "+dnsIP, n.log("coredns"), func() error {
 		return dnsAnswers(ctx)
 	})
 	if err != nil {
@@ -79,6 +64,60 @@ func (s *supervisor) bootstrap(ctx context.Context) error {
 	s.update(func(status *clusterStatus) { status.Ready = true })
 	s.stage("ready")
 	return nil
+}
+
+// join is what bootstrap is for a node that comes later.
+func (s *supervisor) join(ctx context.Context) error {
+	client, err := newAPIClient(s.layout)
+	if err != nil {
+		return err
+	}
+	if err := s.waitFor(ctx, "containerd"); err != nil {
+		return err
+	}
+	if err := s.importImages(ctx); err != nil {
+		return err
+	}
+	if err := s.waitForNode(ctx, client); err != nil {
+		return err
+	}
+	s.update(func(status *clusterStatus) { status.Ready = true })
+	s.stage("ready")
+	return nil
+}
+
+// waitFor waits for a component.
+func (s *supervisor) waitFor(ctx context.Context, name string) error {
+	for _, u := range s.units {
+		if u.name == name {
+			s.stage("waiting for %s", name)
+			return u.waitFor(ctx, stateReady, startLimit)
+		}
+	}
+	return fmt.Errorf("no component %s", name)
+}
+
+// waitForNode waits for all components and for the node to take pods.
+func (s *supervisor) waitForNode(ctx context.Context, client *apiClient) error {
+	for _, u := range s.units {
+		if err := s.waitFor(ctx, u.name); err != nil {
+			return err
+		}
+	}
+	s.stage("waiting for the node to be ready")
+	return retry(ctx, startLimit, "the node to be ready", s.node.log("kubelet"), func() error {
+		return nodeReady(ctx, client, s.node)
+	})
+}
+
+// importImages loads those that the node starts with.
+func (s *supervisor) importImages(ctx context.Context) error {
+	s.stage("importing images")
+	if err := importImage(ctx, s.layout, s.node, s.node.path("images.tar")); err != nil {
+		return err
+	}
+	close(s.images)
+	return os.Remove(s.node.path("images.tar"))
 }
 
 // retry calls try until it succeeds or the time is up.
@@ -149,15 +188,36 @@ func dnsAnswers(ctx context.Context) error {
 }
 
 // importImage loads an image archive into the node, for the kubelet to find.
-func importImage(ctx context.Context, l layout, archive string) error {
-	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, l.bin("ctr"), "--address", l.node().containerdSocket(), "--namespace", "k8s.io",
-		"images", "import", archive)
-	var output bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Run(); err != nil {
-		return fmt.Errorf("importing %s: %w\n%s", archive, err, output.String())
+func importImage(ctx context.Context, l layout, n node, archive string) error {
+	if _, err := images(ctx, l, n, "import", archive); err != nil {
+		return fmt.Errorf("importing %s: %w", archive, err)
 	}
 	return nil
+}
+
+// exportImages writes all images of a node into an archive.
+func exportImages(ctx context.Context, l layout, n node, archive string) error {
+	list, err := images(ctx, l, n, "list", "--quiet")
+	if err != nil {
+		return err
+	}
+	names := strings.Fields(list)
+	// The kubelet's names for the same images.
+	names = slices.DeleteFunc(names, func(name string) bool { return strings.HasPrefix(name, "sha256:") })
+	_, err = images(ctx, l, n, append([]string{"export", archive}, names...)...)
+	return err
+}
+
+// images asks a node's containerd.
+func images(ctx context.Context, l layout, n node, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Minute)
+	defer cancel()
+	args = append([]string{"--address", n.containerdSocket(), "--namespace", "k8s.io", "images"}, args...)
+	cmd := exec.CommandContext(ctx, l.bin("ctr"), args...)
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil {
+		return "", fmt.Errorf("%s: %w\n%s%s", strings.Join(cmd.Args, " "), err, stdout.String(), stderr.String())
+	}
+	return stdout.String(), nil
 }

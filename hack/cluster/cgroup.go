@@ -33,35 +33,15 @@ func cgroupMounts() ([]string, error) {
 	return mounts, nil
 }
 
-// createCgroups makes the root below which the kubelet keeps all pods.
-func createCgroups() error {
+// createCgroups makes the root below which the node's kubelet keeps all pods.
+func createCgroups(n node) error {
 	mounts, err := cgroupMounts()
 	if err != nil {
 		return err
 	}
 	for _, mount := range mounts {
-		// In version 2 a cgroup has the controllers that its parent hands
-		// down. Which of them can be is the kernel's choice, and which must
-		// be the kubelet's, who says so.
-		controllers, _ := os.ReadFile(filepath.Join(mount, "cgroup.controllers"))
-		for controller := range strings.FieldsSeq(string(controllers)) {
-			_ = os.WriteFile(filepath.Join(mount, "cgroup.subtree_control"), []byte("+"+controller), 0)
-		}
-		dir := filepath.Join(mount, cgroupName)
-		if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
-			return err
-		}
-		// In version 1 a new cpuset is empty, and takes no process.
-		for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
-			from, to := filepath.Join(mount, file), filepath.Join(dir, file)
-			value, err := os.ReadFile(from)
-			if errors.Is(err, fs.ErrNotExist) {
-				continue
-			}
-			if err != nil {
-				return err
-			}
-			if err := os.WriteFile(to, value, 0); err != nil {
+		for _, dir := range []string{filepath.Join(mount, cgroupName), filepath.Join(mount, n.cgroup())} {
+			if err := createCgroup(dir); err != nil {
 				return err
 			}
 		}
@@ -69,13 +49,42 @@ func createCgroups() error {
 	return nil
 }
 
-func removeCgroups() error {
+func createCgroup(dir string) error {
+	parent := filepath.Dir(dir)
+	// In version 2 a cgroup has the controllers that its parent hands down.
+	// Which of them can be is the kernel's choice, and which must be the
+	// kubelet's, who says so.
+	controllers, _ := os.ReadFile(filepath.Join(parent, "cgroup.controllers"))
+	for controller := range strings.FieldsSeq(string(controllers)) {
+		_ = os.WriteFile(filepath.Join(parent, "cgroup.subtree_control"), []byte("+"+controller), 0)
+	}
+	if err := os.Mkdir(dir, 0o755); err != nil && !errors.Is(err, fs.ErrExist) {
+		return err
+	}
+	// In version 1 a new cpuset is empty, and takes no process.
+	for _, file := range []string{"cpuset.cpus", "cpuset.mems"} {
+		value, err := os.ReadFile(filepath.Join(parent, file))
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if err := os.WriteFile(filepath.Join(dir, file), value, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// removeCgroups removes a cgroup, with all below it, from every hierarchy.
+func removeCgroups(name string) error {
 	mounts, err := cgroupMounts()
 	if err != nil {
 		return err
 	}
 	for _, mount := range mounts {
-		dir := filepath.Join(mount, cgroupName)
+		dir := filepath.Join(mount, name)
 		deadline := time.Now().Add(10 * time.Second)
 		for {
 			err := removeCgroup(dir)

@@ -92,10 +92,10 @@ func up(ctx context.Context, l layout) (err error) {
 		return err
 	}
 	launched = true
-	if err := startDaemon(l); err != nil {
+	if _, err := startDaemon(l, l.node()); err != nil {
 		return err
 	}
-	if err := waitUntilUp(ctx, l, os.Stderr); err != nil {
+	if err := waitUntilUp(ctx, l, l.node(), os.Stderr); err != nil {
 		return err
 	}
 	fmt.Fprintf(os.Stderr, "the cluster is up after %.0fs\n", time.Since(start).Seconds())
@@ -106,7 +106,7 @@ func up(ctx context.Context, l layout) (err error) {
 // foundUp is the short way of "up", with a cluster that has been up before. One
 // that is not well is mended, not replaced: somebody's objects are in it.
 func foundUp(ctx context.Context, l layout) (bool, error) {
-	status, err := readStatus(ctx, l)
+	status, err := readStatus(ctx, l.node())
 	if err != nil || !status.Ready {
 		return false, nil //nolint:nilerr // whose state cannot be read is not up
 	}
@@ -128,7 +128,7 @@ func foundUp(ctx context.Context, l layout) (bool, error) {
 			return false, ctx.Err()
 		case <-time.After(100 * time.Millisecond):
 		}
-		if status, err = readStatus(ctx, l); err != nil {
+		if status, err = readStatus(ctx, l.node()); err != nil {
 			return false, err
 		}
 	}
@@ -144,7 +144,7 @@ func present(l layout) (bool, error) {
 	if err := ownBridge(l); err != nil || l.exists() {
 		return l.exists(), err
 	}
-	pids, err := daemonPIDs(l)
+	pids, err := daemonPIDs(l, l.nodes()...)
 	if err != nil {
 		return false, err
 	}
@@ -178,29 +178,47 @@ func prepare(ctx context.Context, l layout, caches ...cache) error {
 	if err := writePKI(l); err != nil {
 		return err
 	}
-	if err := writeNodeConfigs(l, l.node()); err != nil {
+	// The program that "go run" built is gone when it ends.
+	self, err := os.Executable()
+	if err != nil {
 		return err
 	}
-	err := writeImage(l.path("pause.tar"), image{name: pauseImage, entrypoint: "/pause", user: "65535", binaries: []string{l.bin("pause")}})
+	if err := copyFile(self, l.program(), 0o755); err != nil {
+		return err
+	}
+	if err := prepareNode(l, l.node()); err != nil {
+		return err
+	}
+	err = writeImage(l.node().path("images.tar"), image{name: pauseImage, entrypoint: "/pause", user: "65535", binaries: []string{l.bin("pause")}})
 	if err != nil {
 		return err
 	}
 	if err := createMountPoints(l); err != nil {
 		return err
 	}
-	if err := createCgroups(); err != nil {
-		return err
-	}
 	return createNetwork(ctx, l, l.node())
 }
 
-// waitUntilUp follows the daemon's start and shows its stages.
-func waitUntilUp(ctx context.Context, l layout, progress io.Writer) error {
-	ctx, cancel := context.WithTimeoutCause(ctx, upLimit, fmt.Errorf("the cluster did not start within %v", upLimit))
+// prepareNode makes a node's folders, configuration and cgroups.
+func prepareNode(l layout, n node) error {
+	for _, dir := range []string{n.dir, n.logs} {
+		if err := os.MkdirAll(dir, 0o755); err != nil {
+			return err
+		}
+	}
+	if err := writeNodeConfigs(l, n); err != nil {
+		return err
+	}
+	return createCgroups(n)
+}
+
+// waitUntilUp follows the start of a node's daemon and shows its stages.
+func waitUntilUp(ctx context.Context, l layout, n node, progress io.Writer) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, upLimit, fmt.Errorf("%s did not start within %v", n.name, upLimit))
 	defer cancel()
 	stage := ""
 	for {
-		status, err := readStatus(ctx, l)
+		status, err := readStatus(ctx, n)
 		if err == nil && status.Stage != stage {
 			stage = status.Stage
 			fmt.Fprintln(progress, stage)
@@ -211,8 +229,8 @@ func waitUntilUp(ctx context.Context, l layout, progress io.Writer) error {
 		case err == nil && status.Ready:
 			return nil
 		case err != nil && ctx.Err() == nil:
-			if pids, err := daemonPIDs(l); err == nil && len(pids) == 0 {
-				return fmt.Errorf("the supervisor has ended; the end of its log:\n%s", tail(l.log("supervisor")))
+			if pids, err := daemonPIDs(l, n); err == nil && len(pids) == 0 {
+				return fmt.Errorf("the supervisor has ended; the end of its log:\n%s", tail(n.log("supervisor")))
 			}
 		}
 		select {
@@ -247,17 +265,17 @@ func down(ctx context.Context, l layout, progress io.Writer) error {
 	return nil
 }
 
-// remove undoes prepare and ends the daemon. Each step does nothing when there
+// remove undoes prepare and ends the daemons. Each step does nothing when there
 // is nothing to do, and the run folder goes last: while it exists, a next call
 // does the rest. The caller has seen that the cluster is this run folder's.
 func remove(ctx context.Context, l layout) error {
-	if err := endDaemon(l); err != nil {
+	if err := endDaemons(l, l.nodes()...); err != nil {
 		return err
 	}
 	if err := removeNetwork(ctx, l, l.node()); err != nil {
 		return err
 	}
-	if err := removeCgroups(); err != nil {
+	if err := removeCgroups(cgroupName); err != nil {
 		return err
 	}
 	if err := removeMountPoints(l); err != nil {
@@ -294,11 +312,11 @@ func removeRunFolder(l layout) error {
 	return os.RemoveAll(l.dir)
 }
 
-// lockMachine keeps "up" and "down" from running at the same time. An abstract
+// lockMachine keeps "up", "down", "join" and "lose" from running at the same time. An abstract
 // socket leaves no file, and goes with its process.
 func lockMachine(ctx context.Context, progress io.Writer) (unlock func(), err error) {
 	limit := upLimit + time.Minute
-	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("another \"up\" or \"down\" did not end within %v", limit))
+	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("another command did not end within %v", limit))
 	defer cancel()
 	for told := false; ; {
 		listener, err := net.Listen("unix", "@guildhall-cluster")
@@ -309,7 +327,7 @@ func lockMachine(ctx context.Context, progress io.Writer) (unlock func(), err er
 			return nil, err
 		}
 		if !told {
-			fmt.Fprintln(progress, "another \"up\" or \"down\" is at work, waiting for it")
+			fmt.Fprintln(progress, "another command is at work, waiting for it")
 			told = true
 		}
 		select {

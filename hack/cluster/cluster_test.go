@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -103,13 +104,14 @@ func TestCluster(t *testing.T) {
 	t.Run("logs, exec and port-forward", c.testStreams)
 	t.Run("API server lost and back", c.testAPIServer)
 	t.Run("components stop and start", c.testStopStart)
+	t.Run("second node", c.testSecondNode)
 	if t.Failed() {
 		t.Log(c.run("status"))
 		t.Log(c.run("kubectl", "get", "all,pvc,events", "-n", "probe"))
 	}
 
 	t.Run("supervisor killed", func(t *testing.T) {
-		pids, err := daemonPIDs(c.layout)
+		pids, err := daemonPIDs(c.layout, c.layout.node())
 		if err != nil || len(pids) != 2 {
 			t.Fatalf("the daemon is %v, %v", pids, err)
 		}
@@ -118,7 +120,7 @@ func TestCluster(t *testing.T) {
 			t.Fatal(err)
 		}
 		c.eventually("the daemon to end", func() error {
-			if pids, _ := daemonPIDs(c.layout); len(pids) > 0 {
+			if pids, _ := daemonPIDs(c.layout, c.layout.node()); len(pids) > 0 {
 				return fmt.Errorf("still there: %v", pids)
 			}
 			return nil
@@ -343,7 +345,7 @@ func (c testCluster) testStreams(t *testing.T) {
 
 func (c testCluster) component(name string) componentStatus {
 	c.Helper()
-	status, err := readStatus(c.Context(), c.layout)
+	status, err := readStatus(c.Context(), c.layout.node())
 	if err != nil {
 		c.Fatal(err)
 	}
@@ -358,7 +360,7 @@ func (c testCluster) component(name string) componentStatus {
 
 func (c testCluster) testAPIServer(t *testing.T) {
 	c.T = t
-	processes, err := clusterProcesses(c.layout)
+	processes, err := nodeProcesses(c.layout, c.layout.node())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -409,6 +411,88 @@ func (c testCluster) testStopStart(t *testing.T) {
 	})
 	c.run("kubectl", "delete", "-n", "probe", "pod/probe-1")
 	c.rollout()
+}
+
+// testSecondNode leaves a second node behind, for down to end.
+func (c testCluster) testSecondNode(t *testing.T) {
+	c.T = t
+	start := time.Now()
+	c.run("join", "node-2")
+	t.Logf("joined after %v", time.Since(start))
+	c.run("join", "node-2") // nothing more
+	manifest := filepath.Join(t.TempDir(), "away.yaml")
+	if err := os.WriteFile(manifest, []byte(awayPod), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	c.run("kubectl", "apply", "-f", manifest)
+	ready := func() { c.run("kubectl", "wait", "-n", "probe", "--for=condition=Ready", "pod/away", "--timeout=60s") }
+	ready()
+	ip := c.get("pod/away", ".status.podIP")
+	if !strings.HasPrefix(ip, "10.213.1.") {
+		t.Errorf("the pod's address is %s", ip)
+	}
+	for _, pod := range []string{"probe-0", "away"} {
+		get := func(url string) string {
+			return c.run("kubectl", "exec", "-n", "probe", pod, "--", "/probe", "get", url)
+		}
+		answers := map[string]bool{}
+		c.eventually("every pod of the Service to answer "+pod, func() error {
+			answers[get("http://probe/")] = true
+			if len(answers) < 3 {
+				return fmt.Errorf("only %v", answers)
+			}
+			return nil
+		})
+		if got := get("https://kubernetes.default/version"); !strings.Contains(got, kubernetesVersion) {
+			t.Errorf("%s got from the API server: %s", pod, got)
+		}
+		for _, peer := range []string{"probe-0", "away"} {
+			if got := get("http://" + c.get("pod/"+peer, ".status.podIP") + ":8080/"); got != "hello from "+peer+"\n" {
+				t.Errorf("%s got from %s: %q", pod, peer, got)
+			}
+		}
+	}
+	for what, url := range map[string]string{"pod": "http://" + ip + ":8080", "node port": "http://10.213.1.1:30080"} {
+		if got, err := httpGet(url); err != nil || !strings.Contains(got, "hello from") {
+			t.Errorf("from the host, %s at %s: %q %v", what, url, got, err)
+		}
+	}
+	if got := c.run("kubectl", "logs", "-n", "probe", "away"); got != "probe serves\n" {
+		t.Errorf("the log is %q", got)
+	}
+	c.run("stop", "node-2/kubelet")
+	c.run("start", "node-2/kubelet")
+
+	// No connection is closed when a node is lost.
+	conn, err := net.Dial("tcp", net.JoinHostPort(ip, "8080"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	c.run("lose", "node-2")
+	if err := conn.SetReadDeadline(time.Now().Add(500 * time.Millisecond)); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Read(make([]byte, 1)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Errorf("a connection to a node that was lost: %v", err)
+	}
+	if _, err := os.Stat("/sys/class/net/" + cable(c.layout.nodes()[1])); err == nil {
+		t.Error("the cable to the node is still there")
+	}
+	c.run("status")
+	if _, err := c.try("lose", "node-2"); err == nil {
+		t.Error("a node was lost twice")
+	}
+	c.run("join", "node-2")
+	start = time.Now()
+	c.eventually("the pod to run again", func() error {
+		got, err := httpGet("http://" + c.get("pod/away", ".status.podIP") + ":8080")
+		if err == nil && got != "hello from away\n" {
+			err = fmt.Errorf("got %q", got)
+		}
+		return err
+	})
+	t.Logf("the pod answers %v after its node's return", time.Since(start))
 }
 
 // machineState is everything on the machine that a cluster could leave behind.
@@ -524,4 +608,23 @@ spec:
     securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
     volumeMounts: [{name: data, mountPath: /data}]
   volumes: [{name: data, persistentVolumeClaim: {claimName: data-probe-0}}]
+`
+
+const awayPod = `
+apiVersion: v1
+kind: Pod
+metadata: {name: away, namespace: probe, labels: {app: probe}}
+spec:
+  terminationGracePeriodSeconds: 1
+  nodeSelector: {kubernetes.io/hostname: node-2}
+  securityContext: {runAsNonRoot: true, runAsUser: 65532, fsGroup: 65532, seccompProfile: {type: RuntimeDefault}}
+  containers:
+  - name: probe
+    image: guildhall.dev/probe:test
+    args: [serve]
+    ports: [{containerPort: 8080}]
+    readinessProbe: {httpGet: {port: 8080}, periodSeconds: 1}
+    securityContext: {allowPrivilegeEscalation: false, capabilities: {drop: [ALL]}}
+    volumeMounts: [{name: data, mountPath: /data}]
+  volumes: [{name: data, emptyDir: {medium: Memory}}]
 `

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -21,9 +22,13 @@ type component struct {
 	name  string
 	args  []string                    // the first is a binary's name
 	env   []string                    // besides the daemon's own
-	needs []string                    // components to be ready before the first start
+	needs []string                    // components of its node to be ready before the first start
 	ready func(context.Context) error // a probe, nil when it is ready
 }
+
+// imagesImported is what a kubelet needs besides components: to the first pod an
+// image that is on its way is one that nobody has.
+const imagesImported = "images"
 
 // Users of the API server that need rights of their own, see manifests.go.
 const (
@@ -31,9 +36,12 @@ const (
 	dnsUser           = "system:coredns"
 )
 
-func components(l layout) []component {
-	control := controlPlane(l)
-	return append(control, nodeComponents(l, l.node())...)
+// components are those of a node, in the order of their start.
+func components(l layout, n node) []component {
+	if !n.first() {
+		return nodeComponents(l, n)
+	}
+	return slices.Concat(controlPlane(l), nodeComponents(l, n), []component{clusterDNS(l, n)})
 }
 
 func controlPlane(l layout) []component {
@@ -154,13 +162,13 @@ func nodeComponents(l layout, n node) []component {
 			args: []string{
 				"kubelet",
 				"--config=" + n.path("kubelet.yaml"),
-				"--kubeconfig=" + l.clientConfig("kubelet"),
+				"--kubeconfig=" + l.clientConfig(n.kubelet()),
 				"--root-dir=" + n.path("kubelet"),
 				"--cert-dir=" + n.path("kubelet/pki"),
 				"--hostname-override=" + n.name,
 				"--node-ip=" + n.ip(),
 			},
-			needs: []string{"containerd", "kube-apiserver"},
+			needs: []string{"containerd", imagesImported, "kube-apiserver"},
 			ready: probeHTTP(nil, "http://127.0.0.1:10248/healthz"),
 		},
 		{
@@ -169,14 +177,17 @@ func nodeComponents(l layout, n node) []component {
 			needs: []string{"kube-apiserver"},
 			ready: probeHTTP(nil, "http://127.0.0.1:10256/livez"),
 		},
-		{
-			// Cluster DNS runs beside the pods, not as one of them: it needs no
-			// image and answers before the first pod starts.
-			name:  "coredns",
-			args:  []string{"coredns", "-conf=" + n.path("Corefile")},
-			needs: []string{"kube-apiserver"},
-			ready: probeHTTP(nil, "http://"+net.JoinHostPort(n.ip(), strconv.Itoa(dnsReadyPort))+"/ready"),
-		},
+	}
+}
+
+// clusterDNS runs beside the pods, not as one of them: it needs no image and
+// answers before the first pod starts.
+func clusterDNS(l layout, n node) component {
+	return component{
+		name:  "coredns",
+		args:  []string{"coredns", "-conf=" + n.path("Corefile")},
+		needs: []string{"kube-apiserver"},
+		ready: probeHTTP(nil, "http://"+net.JoinHostPort(n.ip(), strconv.Itoa(dnsReadyPort))+"/ready"),
 	}
 }
 
@@ -187,7 +198,9 @@ func writeNodeConfigs(l layout, n node) error {
 		"cni/10-guildhall.conflist": cniConfig(n),
 		"kubelet.yaml":              kubeletConfig(l, n),
 		"kube-proxy.yaml":           kubeProxyConfig(l, n),
-		"Corefile":                  corefile(l, n),
+	}
+	if n.first() {
+		files["Corefile"] = corefile(l, n)
 	}
 	for name, content := range files {
 		if err := os.MkdirAll(filepath.Dir(n.path(name)), 0o755); err != nil {
@@ -248,6 +261,7 @@ disabled_plugins = [
 // The bridge exists before the first pod and has its address from us: with
 // isGateway the plugin would switch on forwarding for the whole machine.
 func cniConfig(n node) string {
+	from, to := n.podRange()
 	return fmt.Sprintf(`{
   "cniVersion": "1.0.0",
   "name": "guildhall",
@@ -259,14 +273,14 @@ func cniConfig(n node) string {
       "ipam": {
         "type": "host-local",
         "dataDir": %q,
-        "ranges": [[{"subnet": %q, "gateway": %q}]],
+        "ranges": [[{"subnet": %q, "rangeStart": %q, "rangeEnd": %q, "gateway": %q}]],
         "routes": [{"dst": "0.0.0.0/0"}]
       }
     },
     {"type": "portmap", "capabilities": {"portMappings": true}, "backend": "nftables", "snat": true}
   ]
 }
-`, bridgeName, n.path("ipam"), n.podCIDR(), n.ip())
+`, bridgeName, n.path("ipam"), n.podCIDR(), from, to, n.ip())
 }
 
 func kubeletConfig(l layout, n node) string {
@@ -311,8 +325,8 @@ evictionHard:
 # Tests that crash pods should not wait for minutes.
 crashLoopBackOff: {maxContainerRestartPeriod: 2s}
 shutdownGracePeriod: 0s
-`, n.ip(), l.pki("kubelet.crt"), l.pki("kubelet.key"), l.pki("ca.crt"), n.containerdSocket(),
-		clusterDomain, dnsIP, cgroupName, podsPerNode, n.path("pod-logs"), n.path("volume-plugins"))
+`, n.ip(), l.pki(n.kubelet()+".crt"), l.pki(n.kubelet()+".key"), l.pki("ca.crt"), n.containerdSocket(),
+		clusterDomain, dnsIP, n.cgroup(), podsPerNode, n.path("pod-logs"), n.path("volume-plugins"))
 }
 
 // All zero under conntrack means that kube-proxy leaves the machine's settings

@@ -21,14 +21,14 @@ import (
 const controlLimit = startLimit + stopGrace + 5*time.Second
 
 // ask sends a request over the control socket.
-func ask(ctx context.Context, l layout, method, path string) ([]byte, error) {
+func ask(ctx context.Context, n node, method, path string) ([]byte, error) {
 	client := http.Client{
 		Timeout: controlLimit,
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 				var dialer net.Dialer
-				return dialer.DialContext(ctx, "unix", l.controlSocket())
+				return dialer.DialContext(ctx, "unix", n.controlSocket())
 			},
 		},
 	}
@@ -39,9 +39,9 @@ func ask(ctx context.Context, l layout, method, path string) ([]byte, error) {
 	response, err := client.Do(request)
 	switch {
 	case errors.Is(err, os.ErrPermission):
-		return nil, fmt.Errorf("the cluster in %s belongs to root: %w", l.dir, err)
+		return nil, fmt.Errorf("the cluster of %s belongs to root: %w", n.dir, err)
 	case errors.Is(err, os.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("no cluster runs in %s", l.dir)
+		return nil, fmt.Errorf("no %s runs in %s", n.name, n.dir)
 	case err != nil:
 		return nil, err
 	}
@@ -56,30 +56,59 @@ func ask(ctx context.Context, l layout, method, path string) ([]byte, error) {
 	return body, nil
 }
 
-func readStatus(ctx context.Context, l layout) (clusterStatus, error) {
+func readStatus(ctx context.Context, n node) (clusterStatus, error) {
 	var status clusterStatus
-	body, err := ask(ctx, l, http.MethodGet, "/status")
+	body, err := ask(ctx, n, http.MethodGet, "/status")
 	if err != nil {
 		return status, err
 	}
 	return status, json.Unmarshal(body, &status)
 }
 
-// control stops or starts a component, and returns when that is done.
+// control stops or starts a component, and returns when that is done. Those of
+// a node that has joined carry its name before their own.
 func control(ctx context.Context, l layout, verb, component string) error {
-	_, err := ask(ctx, l, http.MethodPost, "/"+verb+"/"+component)
-	if err != nil {
+	n, name := l.node(), component
+	if before, after, found := strings.Cut(component, "/"); found {
+		var err error
+		if n, err = l.nodeNamed(before); err != nil {
+			return err
+		}
+		name = after
+	}
+	if _, err := ask(ctx, n, http.MethodPost, "/"+verb+"/"+name); err != nil {
 		return fmt.Errorf("%s %s: %w", verb, component, err)
 	}
 	return nil
 }
 
 func printStatus(ctx context.Context, l layout) error {
-	status, err := readStatus(ctx, l)
-	if err != nil {
-		return err
+	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(out, "COMPONENT\tSTATE\tSINCE\tPID\tMEMORY\tRESTARTS\tPROBLEM")
+	var result error
+	for _, n := range l.nodes() {
+		status, err := readStatus(ctx, n)
+		if err != nil && n.first() {
+			return err
+		}
+		if err != nil {
+			continue // it has not joined
+		}
+		if err := printNode(out, l, n, status); err != nil {
+			return err
+		}
+		switch {
+		case status.Failure != "":
+			result = fmt.Errorf("the start of %s was given up: %s", n.name, firstLine(status.Failure))
+		case !status.healthy() && result == nil:
+			result = exitCode(1)
+		}
 	}
-	processes, err := clusterProcesses(l)
+	return errors.Join(out.Flush(), result)
+}
+
+func printNode(out io.Writer, l layout, n node, status clusterStatus) error {
+	processes, err := nodeProcesses(l, n)
 	if err != nil {
 		return err
 	}
@@ -87,27 +116,17 @@ func printStatus(ctx context.Context, l layout) error {
 	for _, p := range processes {
 		pids[p.innerPID] = p
 	}
-	out := tabwriter.NewWriter(os.Stdout, 0, 0, 2, ' ', 0)
-	fmt.Fprintln(out, "COMPONENT\tSTATE\tSINCE\tPID\tMEMORY\tRESTARTS\tPROBLEM")
-	line := func(c componentStatus) {
+	prefix := n.name + "/"
+	if n.first() {
+		prefix = ""
+	}
+	for _, c := range status.Components {
 		pid, memory := "-", "-"
 		if p, ok := pids[c.PID]; ok {
 			pid, memory = strconv.Itoa(p.pid), fmt.Sprintf("%d MiB", p.memory>>20)
 		}
-		fmt.Fprintf(out, "%s\t%s\t%v\t%s\t%s\t%d\t%s\n", c.Name, c.State, time.Since(c.Since).Round(time.Second),
+		fmt.Fprintf(out, "%s%s\t%s\t%v\t%s\t%s\t%d\t%s\n", prefix, c.Name, c.State, time.Since(c.Since).Round(time.Second),
 			pid, memory, c.Restarts, firstLine(c.Problem))
-	}
-	for _, c := range status.Components {
-		line(c)
-	}
-	if err := out.Flush(); err != nil {
-		return err
-	}
-	switch {
-	case status.Failure != "":
-		return fmt.Errorf("the start was given up: %s", firstLine(status.Failure))
-	case !status.healthy():
-		return exitCode(1)
 	}
 	return nil
 }
@@ -139,8 +158,13 @@ func load(ctx context.Context, l layout, archives []string) error {
 	if len(archives) == 0 {
 		return errors.New("load takes the image archives to import")
 	}
-	if _, err := readStatus(ctx, l); err != nil {
-		return err
+	var running []node
+	for _, n := range l.nodes() {
+		if _, err := readStatus(ctx, n); err == nil {
+			running = append(running, n)
+		} else if n.first() {
+			return err
+		}
 	}
 	for _, archive := range archives {
 		path, err := filepath.Abs(archive)
@@ -150,8 +174,10 @@ func load(ctx context.Context, l layout, archives []string) error {
 		if _, err := os.Stat(path); err != nil {
 			return err
 		}
-		if err := importImage(ctx, l, path); err != nil {
-			return err
+		for _, n := range running {
+			if err := importImage(ctx, l, n, path); err != nil {
+				return err
+			}
 		}
 		fmt.Fprintf(os.Stderr, "loaded %s\n", archive)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -12,34 +13,27 @@ import (
 	"syscall"
 )
 
-// The cluster runs in process and mount namespaces of its own, like the nodes
-// of other local clusters that live in containers. The kernel then guarantees
-// what cleaning up could only attempt: when the first process of the namespace
-// ends, every process that descends from it ends, containers and shims too,
-// and with the last of them go the mounts and the pods' network namespaces.
+// Each node runs in process and mount namespaces of its own, like the nodes of
+// other local clusters that live in containers; those that join in a network
+// namespace as well. The kernel then guarantees what cleaning up could only
+// attempt: when the first process of the namespace ends, every process that
+// descends from it ends, containers and shims too, and with the last of them go
+// the mounts and the pods' network namespaces.
 
-// Commands of the daemon, not meant for users.
+// Commands of the daemon, not meant for users. They take the name of the node.
 const (
 	commandInit      = "init"      // the first process of the namespace
 	commandSupervise = "supervise" // its child
 )
 
-// startDaemon starts the namespace's first process, detached from the terminal.
-func startDaemon(l layout) error {
-	log, err := os.OpenFile(l.log("supervisor"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+// startDaemon starts the first process of a node, detached from the terminal.
+func startDaemon(l layout, n node) (pid int, err error) {
+	log, err := os.OpenFile(n.log("supervisor"), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	defer log.Close()
-	// The program that "go run" built is gone when it ends.
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	if err := copyFile(self, l.program(), 0o755); err != nil {
-		return err
-	}
-	cmd := exec.Command(l.program(), commandInit)
+	cmd := exec.Command(l.program(), commandInit, n.name)
 	cmd.Dir = l.dir
 	// Nothing else of the user's environment, such as a proxy, concerns the
 	// cluster.
@@ -50,15 +44,19 @@ func startDaemon(l layout) error {
 		Cloneflags:   syscall.CLONE_NEWPID,
 		Unshareflags: syscall.CLONE_NEWNS, // which also makes all mounts private
 	}
-	if err := cmd.Start(); err != nil {
-		return fmt.Errorf("starting the supervisor: %w", err)
+	if !n.first() {
+		cmd.SysProcAttr.Cloneflags |= syscall.CLONE_NEWNET
 	}
-	return cmd.Process.Release()
+	if err := cmd.Start(); err != nil {
+		return 0, fmt.Errorf("starting the supervisor: %w", err)
+	}
+	pid = cmd.Process.Pid // Release forgets it
+	return pid, cmd.Process.Release()
 }
 
 // hiddenFolders are places that containerd, the kubelet and mount(8) write to
-// whatever they are told. In the cluster's mount namespace they are folders of
-// the node.
+// whatever they are told. In a node's mount namespace they are folders of the
+// node.
 var hiddenFolders = []string{"/run/containerd", "/run/mount", "/var/lib/cni", "/var/lib/kubelet", "/var/log/containers"}
 
 // kernelSettings are values that the kubelet insists on and would set for the
@@ -74,12 +72,17 @@ var kernelSettings = map[string]string{
 
 // runInit is the first process of the namespace. It prepares the mounts, starts
 // the supervisor, and then only collects the processes that lost their parents.
-func runInit(l layout) error {
+func runInit(l layout, n node) error {
 	if os.Getpid() != 1 {
 		return errors.New("this command is for the cluster itself")
 	}
-	if err := prepareMounts(l, l.node()); err != nil {
+	if err := prepareMounts(n); err != nil {
 		return err
+	}
+	if !n.first() {
+		if err := createJoinedNetwork(context.Background(), l, n); err != nil {
+			return err
+		}
 	}
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, os.Interrupt, syscall.SIGTERM)
@@ -87,7 +90,7 @@ func runInit(l layout) error {
 		<-stop
 		os.Exit(0)
 	}()
-	child, err := os.StartProcess(l.program(), []string{l.program(), commandSupervise}, &os.ProcAttr{
+	child, err := os.StartProcess(l.program(), []string{l.program(), commandSupervise, n.name}, &os.ProcAttr{
 		Dir: l.dir, Env: os.Environ(), Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 	})
 	if err != nil {
@@ -106,7 +109,7 @@ func runInit(l layout) error {
 	}
 }
 
-func prepareMounts(l layout, n node) error {
+func prepareMounts(n node) error {
 	// Pods may ask for mounts to travel, but never out of this namespace.
 	if err := syscall.Mount("", "/", "", syscall.MS_REC|syscall.MS_SHARED, ""); err != nil {
 		return fmt.Errorf("sharing mounts: %w", err)

@@ -25,6 +25,7 @@ const (
 const (
 	bridgeName    = "guildhall0"
 	clusterDomain = "cluster.local"
+	firstNode     = "node-1" // it has the control plane and the volumes
 	serviceCIDR   = "10.214.0.0/16"
 	kubernetesIP  = "10.214.0.1"
 	dnsIP         = "10.214.0.10"
@@ -42,20 +43,33 @@ const (
 	runtimeHandler = "runc"
 )
 
-// A node is one machine of the cluster. There is one today, in the network of
-// the host; another would be one more value with an address, a pod range and a
-// folder of its own, run in a network namespace of its own.
+// A node is one machine of the cluster. The first is in the network of the host,
+// each other one in a network namespace of its own.
 type node struct {
 	name    string
 	address netip.Prefix // of the pod bridge, which is also the node's address
 	dir     string
+	logs    string
 }
 
-func (n node) ip() string           { return n.address.Addr().String() }
-func (n node) podCIDR() string      { return n.address.Masked().String() }
-func (n node) path(e string) string { return filepath.Join(n.dir, e) }
+func (n node) ip() string                  { return n.address.Addr().String() }
+func (n node) first() bool                 { return n.name == firstNode }
+func (n node) path(e string) string        { return filepath.Join(n.dir, e) }
+func (n node) log(component string) string { return filepath.Join(n.logs, component+".log") }
+func (n node) cgroup() string              { return filepath.Join(cgroupName, n.name) }
+func (n node) kubelet() string             { return "kubelet-" + n.name } // its names in pki/
+func (n node) containerdSocket() string    { return n.path("containerd.sock") }
+func (n node) controlSocket() string       { return n.path("control.sock") }
 
-func (n node) containerdSocket() string { return n.path("containerd.sock") }
+// podCIDR is the network of all nodes' pods: they reach each other without a
+// router between them. Each node gives away its own 254 addresses of it.
+func (n node) podCIDR() string { return n.address.Masked().String() }
+
+func (n node) podRange() (from, to string) {
+	first, last := n.address.Addr().As4(), n.address.Addr().As4()
+	first[3], last[3] = 2, 254
+	return netip.AddrFrom4(first).String(), netip.AddrFrom4(last).String()
+}
 
 // A layout says where everything of a cluster lives.
 type layout struct {
@@ -78,8 +92,6 @@ func (l layout) path(elements ...string) string {
 func (l layout) kubeconfig() string             { return l.path("kubeconfig") }
 func (l layout) pki(name string) string         { return l.path("pki", name) }
 func (l layout) clientConfig(who string) string { return l.path("pki", who+".kubeconfig") }
-func (l layout) log(component string) string    { return l.path("logs", component+".log") }
-func (l layout) controlSocket() string          { return l.path("control.sock") }
 func (l layout) program() string                { return l.path("guildhall-cluster") }
 func (l layout) volumes() string                { return l.path("volumes") }
 
@@ -87,12 +99,24 @@ func (l layout) volumes() string                { return l.path("volumes") }
 // older than those that the working tree asks for now.
 func (l layout) bin(name string) string { return l.path("bin", name) }
 
-func (l layout) node() node {
-	return node{
-		name:    "node-1",
-		address: netip.MustParsePrefix("10.213.0.1/24"),
-		dir:     l.path("node-1"),
+// node is the first node.
+func (l layout) node() node { return l.nodes()[0] }
+
+// nodes are all that there can be; those after the first join and are lost.
+func (l layout) nodes() []node {
+	return []node{
+		{firstNode, netip.MustParsePrefix("10.213.0.1/16"), l.path(firstNode), l.path("logs")},
+		{"node-2", netip.MustParsePrefix("10.213.1.1/16"), l.path("node-2"), l.path("logs", "node-2")},
 	}
+}
+
+func (l layout) nodeNamed(name string) (node, error) {
+	for _, n := range l.nodes() {
+		if n.name == name {
+			return n, nil
+		}
+	}
+	return node{}, fmt.Errorf("there is no node %q", name)
 }
 
 func (l layout) apiServerURL() string {
@@ -124,7 +148,7 @@ func (l layout) create() error {
 		return err
 	}
 	for dir, mode := range map[string]os.FileMode{
-		l.path("pki"): 0o700, l.path("logs"): 0o755, l.volumes(): 0o755, l.path("bin"): 0o755, l.path("tmp"): 0o700, l.node().dir: 0o755,
+		l.path("pki"): 0o700, l.volumes(): 0o755, l.path("bin"): 0o755, l.path("tmp"): 0o700,
 	} {
 		if err := os.MkdirAll(dir, mode); err != nil {
 			return err

@@ -19,11 +19,12 @@ const usage = `usage: go run . <command>
   down                    end it and remove everything that it made (root)
   status                  one line for each component
   stop | start COMPONENT  take a component away, and bring it back
+  join | lose node-2      add a node, and end it as a power cut does (root)
   kubeconfig              print the path of the admin kubeconfig
   kubectl ARGS...         run the cluster's kubectl
   image --name REF --out FILE [--entrypoint PATH] [--user UID] BINARY...
                           make an image of static binaries
-  load FILE...            import image archives into the node
+  load FILE...            import image archives into all nodes
 
 GUILDHALL_CACHE        where binaries are kept (default: the user's cache folder)
 GUILDHALL_CLUSTER_DIR  the run folder (default: ` + defaultRunFolder + `)
@@ -83,6 +84,14 @@ func run(ctx context.Context, args []string) error {
 			return fmt.Errorf("%s takes the name of one component; status lists them", name)
 		}
 		return control(ctx, l, name, args[0])
+	case "join", "lose":
+		if len(args) != 1 {
+			return fmt.Errorf("%s takes the name of a node: node-2", name)
+		}
+		if name == "join" {
+			return join(ctx, l, args[0])
+		}
+		return lose(ctx, l, args[0])
 	case "kubeconfig":
 		fmt.Println(l.kubeconfig())
 		return nil
@@ -90,10 +99,18 @@ func run(ctx context.Context, args []string) error {
 		return kubectl(l, args)
 	case "load":
 		return load(ctx, l, args)
-	case commandInit:
-		return runInit(l)
-	case commandSupervise:
-		return supervise(l)
+	case commandInit, commandSupervise:
+		if len(args) != 1 {
+			return errors.New("this command is for the cluster itself")
+		}
+		n, err := l.nodeNamed(args[0])
+		if err != nil {
+			return err
+		}
+		if name == commandInit {
+			return runInit(l, n)
+		}
+		return supervise(l, n)
 	}
 	fmt.Fprintf(os.Stderr, "cluster: unknown command %q\n\n%s", name, usage)
 	return exitCode(2)

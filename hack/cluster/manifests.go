@@ -17,7 +17,10 @@ provisioner: %s
 reclaimPolicy: Delete
 volumeBindingMode: WaitForFirstConsumer
 allowVolumeExpansion: true
-`, storageClass, provisioner)},
+allowedTopologies:
+- matchLabelExpressions:
+  - {key: kubernetes.io/hostname, values: [%s]}
+`, storageClass, provisioner, n.name)},
 
 		// The API server's way to the kubelet, for logs and exec.
 		{"/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/kubelet-client", fmt.Sprintf(`

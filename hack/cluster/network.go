@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -35,13 +36,14 @@ table ip guildhall-cluster {
 }
 `
 
-// createNetwork makes the pod bridge with the node's address.
+// createNetwork makes the pod bridge with the node's address, in the network
+// namespace of the caller.
 func createNetwork(ctx context.Context, l layout, n node) error {
 	bridgeSettings := filepath.Join("/proc/sys/net/ipv4/conf", bridgeName)
 	commands := [][]string{
 		// Pods on the bridge see each other through Services only if the
 		// packet filter sees frames that stay on the bridge.
-		{"ip", "link", "add", "name", bridgeName, "type", "bridge", "nf_call_iptables", "1"},
+		{"ip", "link", "add", "name", bridgeName, "address", hardwareAddress(n), "type", "bridge", "nf_call_iptables", "1"},
 		// The alias says whose bridge it is.
 		{"ip", "link", "set", bridgeName, "alias", l.dir},
 		{"ip", "address", "add", n.address.String(), "dev", bridgeName},
@@ -63,6 +65,65 @@ func createNetwork(ctx context.Context, l layout, n node) error {
 		return err
 	}
 	_, err = commandInput(ctx, fmt.Sprintf(fence, bridgeName, n.podCIDR()), "nft", "-f", "-")
+	return err
+}
+
+// hardwareAddress of a node's bridge. A bridge that was not given one takes that
+// of one of its ports, and others would lose it from sight when the port goes.
+func hardwareAddress(n node) string {
+	ip := n.address.Addr().As4()
+	return net.HardwareAddr{2, 0, ip[0], ip[1], ip[2], ip[3]}.String()
+}
+
+// A node that joins hangs on the first one's bridge by a cable.
+const uplink = "uplink" // the name of its end of it
+
+func cable(n node) string { return "guildhall-" + strings.TrimPrefix(n.name, "node-") }
+
+// plugIn lays the cable to a node, given by one of its processes.
+func plugIn(ctx context.Context, n node, pid int) error {
+	for _, c := range [][]string{
+		{"ip", "link", "add", "name", cable(n), "master", bridgeName, "type", "veth", "peer", "name", uplink, "netns", strconv.Itoa(pid)},
+		{"ip", "link", "set", cable(n), "up"},
+	} {
+		if _, err := command(ctx, c...); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// unplug takes it away, if it is there.
+func unplug(ctx context.Context, n node) error {
+	if _, err := os.Stat(filepath.Join("/sys/class/net", cable(n))); err != nil {
+		return nil //nolint:nilerr // it went with the node
+	}
+	if _, err := command(ctx, "ip", "link", "delete", cable(n)); err != nil && !strings.Contains(err.Error(), "Cannot find device") {
+		return err
+	}
+	return nil
+}
+
+// createJoinedNetwork does what createNetwork does in the network namespace of
+// a node that joins, and takes the other end of the cable.
+func createJoinedNetwork(ctx context.Context, l layout, n node) error {
+	const limit = 10 * time.Second
+	for deadline := time.Now().Add(limit); ; {
+		if _, err := net.InterfaceByName(uplink); err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("no cable after %v", limit)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	if _, err := command(ctx, "ip", "link", "set", "lo", "up"); err != nil {
+		return err
+	}
+	if err := createNetwork(ctx, l, n); err != nil {
+		return err
+	}
+	_, err := command(ctx, "ip", "link", "set", uplink, "master", bridgeName, "up")
 	return err
 }
 

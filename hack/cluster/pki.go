@@ -121,10 +121,11 @@ func writePKI(l layout) error {
 	}
 	n := l.node()
 
-	leaves := []struct {
+	type leaf struct {
 		file, authority, name string
 		groups, hosts         []string
-	}{
+	}
+	leaves := []leaf{
 		{file: "etcd", authority: "etcd-ca", name: "etcd", hosts: []string{"localhost", "127.0.0.1"}},
 		{file: "etcd-client", authority: "etcd-ca", name: "kube-apiserver"},
 		{file: "front-proxy", authority: "front-proxy-ca", name: "front-proxy"},
@@ -134,7 +135,11 @@ func writePKI(l layout) error {
 		}},
 		{file: "apiserver-kubelet-client", authority: "ca", name: kubeletClientUser},
 		{file: "supervisor", authority: "ca", name: "guildhall-supervisor", groups: []string{"system:masters"}},
-		{file: "kubelet", authority: "ca", name: "system:node:" + n.name, groups: []string{"system:nodes"}, hosts: []string{n.name, n.ip()}},
+	}
+	for _, n := range l.nodes() {
+		leaves = append(leaves, leaf{
+			file: n.kubelet(), authority: "ca", name: "system:node:" + n.name, groups: []string{"system:nodes"}, hosts: []string{n.name, n.ip()},
+		})
 	}
 	for _, leaf := range leaves {
 		cert, err := authorities[leaf.authority].leaf(leaf.name, leaf.groups, leaf.hosts...)
@@ -163,16 +168,19 @@ func writePKI(l layout) error {
 		return err
 	}
 
-	clients := []struct {
+	type client struct {
 		file, name string
 		groups     []string
-	}{
+	}
+	clients := []client{
 		{l.kubeconfig(), "guildhall-admin", []string{"system:masters"}},
 		{l.clientConfig("kube-controller-manager"), "system:kube-controller-manager", nil},
 		{l.clientConfig("kube-scheduler"), "system:kube-scheduler", nil},
 		{l.clientConfig("kube-proxy"), "system:kube-proxy", nil},
-		{l.clientConfig("kubelet"), "system:node:" + n.name, []string{"system:nodes"}},
 		{l.clientConfig("coredns"), dnsUser, nil},
+	}
+	for _, n := range l.nodes() {
+		clients = append(clients, client{l.clientConfig(n.kubelet()), "system:node:" + n.name, []string{"system:nodes"}})
 	}
 	for _, client := range clients {
 		cert, err := authorities["ca"].leaf(client.name, client.groups)

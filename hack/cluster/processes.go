@@ -5,20 +5,22 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 )
 
-// daemonPIDs are the processes that run this run folder's program. The rest of
-// the cluster lives in their process namespace and ends with them.
-func daemonPIDs(l layout) ([]int, error) {
+// daemonPIDs are the processes that run this run folder's program for one of the
+// nodes. The rest of a node lives in their process namespace and ends with them.
+func daemonPIDs(l layout, nodes ...node) ([]int, error) {
 	var pids []int
 	err := eachProcess(func(pid int, dir string) {
 		// A process that has just ended has no command line.
 		cmdline, _ := os.ReadFile(filepath.Join(dir, "cmdline"))
-		if program, _, _ := strings.Cut(string(cmdline), "\x00"); program == l.program() {
+		args := strings.Split(string(cmdline), "\x00")
+		if args[0] == l.program() && slices.ContainsFunc(nodes, func(n node) bool { return slices.Contains(args, n.name) }) {
 			pids = append(pids, pid)
 		}
 	})
@@ -41,23 +43,23 @@ func eachProcess(visit func(pid int, dir string)) error {
 // A process of the cluster, seen from the machine.
 type process struct {
 	pid      int
-	innerPID int   // its number inside the cluster's process namespace
+	innerPID int   // its number inside its node's process namespace
 	memory   int64 // resident bytes
 	dead     bool  // it waits only for its parent to take notice
 }
 
-// clusterProcesses are those in the daemon's process namespace, though not
-// those in containers, which have namespaces below it.
-func clusterProcesses(l layout) ([]process, error) {
-	namespaces, err := daemonNamespaces(l)
+// nodeProcesses are those in the daemon's process namespace, though not those
+// in containers, which have namespaces below it.
+func nodeProcesses(l layout, n node) ([]process, error) {
+	namespaces, err := daemonNamespaces(l, n)
 	if err != nil {
 		return nil, err
 	}
 	return processesIn(namespaces)
 }
 
-func daemonNamespaces(l layout) (map[string]bool, error) {
-	pids, err := daemonPIDs(l)
+func daemonNamespaces(l layout, nodes ...node) (map[string]bool, error) {
+	pids, err := daemonPIDs(l, nodes...)
 	if err != nil {
 		return nil, err
 	}
@@ -111,16 +113,16 @@ func parseProcessStatus(status string) (p process) {
 	return p
 }
 
-// endDaemon kills the daemon, and waits until the kernel has ended everything
-// in its namespace.
-func endDaemon(l layout) error {
-	namespaces, err := daemonNamespaces(l)
+// endDaemons kills the nodes' daemons, and waits until the kernel has ended
+// everything in their namespaces.
+func endDaemons(l layout, nodes ...node) error {
+	namespaces, err := daemonNamespaces(l, nodes...)
 	if err != nil {
 		return err
 	}
 	deadline := time.Now().Add(30 * time.Second)
 	for {
-		pids, err := daemonPIDs(l)
+		pids, err := daemonPIDs(l, nodes...)
 		if err != nil {
 			return err
 		}

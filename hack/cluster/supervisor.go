@@ -70,6 +70,7 @@ func (s clusterStatus) healthy() bool {
 type unit struct {
 	component
 	layout layout
+	node   node
 	wake   chan struct{} // tells the loop that wanted has changed
 	first  chan struct{} // closed when it is ready for the first time
 
@@ -80,10 +81,11 @@ type unit struct {
 	exited  chan struct{} // closed when process has ended
 }
 
-func newUnit(l layout, c component) *unit {
+func newUnit(l layout, n node, c component) *unit {
 	return &unit{
 		component: c,
 		layout:    l,
+		node:      n,
 		wake:      make(chan struct{}, 1),
 		first:     make(chan struct{}),
 		wanted:    true,
@@ -107,9 +109,9 @@ func (u *unit) setState(state, problem string) {
 }
 
 // run keeps the component alive for as long as the supervisor lives.
-func (u *unit) run(needs []*unit) {
+func (u *unit) run(needs []<-chan struct{}) {
 	for _, need := range needs {
-		<-need.first
+		<-need
 	}
 	backoff := minBackoff
 	for {
@@ -149,7 +151,7 @@ func (u *unit) run(needs []*unit) {
 
 // runOnce starts the program and waits for its end.
 func (u *unit) runOnce() error {
-	log, err := os.OpenFile(u.layout.log(u.name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
+	log, err := os.OpenFile(u.node.log(u.name), os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o644)
 	if err != nil {
 		return err
 	}
@@ -255,7 +257,7 @@ func (u *unit) waitFor(ctx context.Context, state string, limit time.Duration) e
 		}
 		if time.Now().After(deadline) {
 			return fmt.Errorf("%s is %s after %v, not %s (%s); the end of its log:\n%s",
-				u.name, now.State, limit, state, now.Problem, tail(u.layout.log(u.name)))
+				u.name, now.State, limit, state, now.Problem, tail(u.node.log(u.name)))
 		}
 		select {
 		case <-ctx.Done():
@@ -265,42 +267,50 @@ func (u *unit) waitFor(ctx context.Context, state string, limit time.Duration) e
 	}
 }
 
-// A supervisor is the cluster's daemon.
+// A supervisor is a node's daemon.
 type supervisor struct {
 	layout layout
+	node   node
 	units  []*unit
+	images chan struct{} // closed when they are imported
 
 	mu     sync.Mutex
 	status clusterStatus
 }
 
 // supervise is the daemon's main function: it runs the components, brings the
-// cluster up to its first use, provisions volumes and answers the control
+// cluster up to its first use, or has the node join, and answers the control
 // socket, until it is killed.
-func supervise(l layout) error {
-	s := &supervisor{layout: l}
-	byName := map[string]*unit{}
-	for _, c := range components(l) {
-		u := newUnit(l, c)
+func supervise(l layout, n node) error {
+	s := &supervisor{layout: l, node: n, images: make(chan struct{})}
+	ready := map[string]<-chan struct{}{imagesImported: s.images}
+	for _, c := range components(l, n) {
+		u := newUnit(l, n, c)
 		s.units = append(s.units, u)
-		byName[c.name] = u
+		ready[c.name] = u.first
 	}
-	listener, err := net.Listen("unix", l.controlSocket())
+	listener, err := net.Listen("unix", n.controlSocket())
 	if err != nil {
 		return err
 	}
-	if err := os.Chmod(l.controlSocket(), 0o600); err != nil {
+	if err := os.Chmod(n.controlSocket(), 0o600); err != nil {
 		return err
 	}
 	for _, u := range s.units {
-		var needs []*unit
+		var needs []<-chan struct{}
 		for _, name := range u.needs {
-			needs = append(needs, byName[name])
+			if need, ok := ready[name]; ok { // others are on the first node, and up
+				needs = append(needs, need)
+			}
 		}
 		go u.run(needs)
 	}
 	go func() {
-		if err := s.bootstrap(context.Background()); err != nil {
+		start := s.bootstrap
+		if !n.first() {
+			start = s.join
+		}
+		if err := start(context.Background()); err != nil {
 			fmt.Fprintln(os.Stderr, "start failed:", err)
 			s.update(func(status *clusterStatus) { status.Failure = err.Error() })
 		}

@@ -306,9 +306,10 @@ func TestUnit(t *testing.T) {
 		}
 	}
 	touch()
-	needed := newUnit(l, component{name: "needed"})
-	u := newUnit(l, component{name: "worker", args: []string{"worker"}, ready: func(context.Context) error { return nil }})
-	go u.run([]*unit{needed})
+	n := node{logs: l.path("logs")}
+	needed := newUnit(l, n, component{name: "needed"})
+	u := newUnit(l, n, component{name: "worker", args: []string{"worker"}, ready: func(context.Context) error { return nil }})
+	go u.run([]<-chan struct{}{needed.first})
 	time.Sleep(50 * time.Millisecond)
 	if got := u.snapshot(); got.State != stateWaiting || got.PID != 0 {
 		t.Errorf("before what it needs is ready: %+v", got)
