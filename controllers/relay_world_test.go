@@ -132,6 +132,11 @@ func (c *crowd) turn(ctx context.Context) {
 		n.set(func(*node) { c.relays[pod.Name] = pod.DeepCopy() })
 	}
 	leads := c.endpoints(ctx)
+	// Nobody is led away from the last one that takes connections. It may die, though.
+	alive := func(name string) bool {
+		pod := new(corev1.Pod)
+		return name == "" || n.cache.Get(ctx, c.w.key(name), pod) == nil && pod.DeletionTimestamp == nil && pod.Status.Phase != corev1.PodFailed
+	}
 
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -150,7 +155,7 @@ func (c *crowd) turn(ctx context.Context) {
 		c.wrong("%d relays serve, expected at least %d", serving, c.floor)
 	}
 	if leads != nil {
-		if len(c.leads) > 0 && len(leads) == 0 {
+		if len(leads) == 0 && slices.ContainsFunc(slices.Collect(maps.Keys(c.leads)), alive) {
 			c.wrong("the guild's Service leads nowhere")
 		}
 		c.leads = leads
