@@ -1,10 +1,12 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net"
 	"sync"
+	"syscall"
 )
 
 // places are for the connections that a process may have, one element for each.
@@ -26,6 +28,28 @@ func (p places) dial(ctx context.Context, d *net.Dialer, network, address string
 		return nil, err
 	}
 	return &limitedConn{TCPConn: conn.(*net.TCPConn), places: p}, nil
+}
+
+// sendBuffer bounds what the kernel keeps for a slow client, in bytes.
+const sendBuffer = 256 << 10
+
+// listenClients listens for clients. Connections beyond what descriptors allow wait in the kernel's queue: they are held,
+// not refused.
+func listenClients(address string, places places) (net.Listener, error) {
+	var failed error
+	config := net.ListenConfig{
+		KeepAlive: -1, // heartbeats and the times of requests tell who is gone
+		Control: func(_, _ string, raw syscall.RawConn) error { // what connections inherit need not be said for each
+			return cmp.Or(raw.Control(func(fd uintptr) {
+				failed = cmp.Or(syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, sendBuffer), deferAccept(fd))
+			}), failed)
+		},
+	}
+	ln, err := config.Listen(context.Background(), "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	return limitListener(ln, places), nil
 }
 
 // limitListener accepts connections of ln while there are places, which several listeners may share.

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -259,7 +260,9 @@ func (s *server) run(ctx context.Context) (err error) {
 		ReadTimeout: 10 * time.Second, WriteTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
 		ErrorLog: slog.NewLogLogger(s.logger.Handler(), slog.LevelDebug),
 	}
-	start("gateway", func() error { return clients.Serve(s.listeners.plain) })
+	for range runtime.GOMAXPROCS(0) {
+		start("gateway", func() error { return clients.Serve(&front{s.listeners.plain, s}) })
+	}
 	if s.listeners.tls != nil {
 		start("gateway over TLS", func() error { return clients.Serve(s.listeners.tls) })
 	}
@@ -383,11 +386,9 @@ func (s *server) listenAll() (l listeners, err error) {
 			l.close()
 		}
 	}()
-	// Connections beyond what descriptors allow wait in the kernel's queue: they are held, not refused.
-	if l.plain, err = net.Listen("tcp", s.listen); err != nil {
+	if l.plain, err = listenClients(s.listen, s.places); err != nil {
 		return l, fmt.Errorf("--listen: %w", err)
 	}
-	l.plain = limitListener(l.plain, s.places)
 	if l.admin, err = net.Listen("tcp", s.adminListen); err != nil {
 		return l, fmt.Errorf("--admin-listen: %w", err)
 	}
@@ -408,10 +409,11 @@ func (s *server) listenAll() (l listeners, err error) {
 	if _, err = certificate.get(nil); err != nil {
 		return l, err
 	}
-	if l.tls, err = net.Listen("tcp", s.listenTLS); err != nil {
+	clients, err := listenClients(s.listenTLS, s.places)
+	if err != nil {
 		return l, fmt.Errorf("--listen-tls: %w", err)
 	}
-	l.tls = tls.NewListener(limitListener(l.tls, s.places), &tls.Config{
+	l.tls = tls.NewListener(clients, &tls.Config{
 		GetCertificate: certificate.get, NextProtos: []string{"http/1.1"}, MinVersion: tls.VersionTLS12,
 	})
 	return l, nil

@@ -71,7 +71,7 @@ func New(o Options) *Core {
 		n = runtime.GOMAXPROCS(0)
 	}
 	for range n {
-		w := &worker{core: c, signal: make(chan struct{}, 1), scratch: scratch{cache: newCache()}}
+		w := &worker{core: c, signal: make(chan struct{}, 1), turn: make(turn, 1), scratch: scratch{cache: newCache()}}
 		c.workers = append(c.workers, w)
 		go w.run()
 	}

@@ -35,7 +35,7 @@ func play(t *testing.T, o Options, act func(*scene)) {
 // hold stops the worker until the returned function is called: what happens meanwhile is one pass.
 func (s *scene) hold() (release func()) {
 	held := make(chan struct{})
-	s.core.workers[0].post(func() { <-held })
+	go s.core.workers[0].post(func() { <-held })
 	synctest.Wait()
 	return func() { close(held); synctest.Wait() }
 }

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 )
 
@@ -50,31 +51,28 @@ var (
 //     history goes on when the stream does not keep the frame at pos any more;
 //   - behind the message of Close nothing goes out.
 type Session struct {
-	// What each delivery needs comes first, so that it takes few cache lines.
+	// What each delivery reads comes first, in two cache lines. In front, what anybody may look at.
 	finished  atomic.Bool
 	waiting   atomic.Bool // urgent is not empty, or closing is set
 	scheduled atomic.Bool // in worker.ready
 	parked    bool        // owned by the worker
 	worker    *worker
 	socket    socket
-
 	// Owned by whoever writes.
-	stream    *Stream // nil until the session follows one
-	view      View    // nil: it cannot go on
-	owner     uint64
-	pos       uint64        // cursor: position of the next frame; 0: behind seq in the history
-	seq       atomic.Uint64 // read by the worker at any time
-	rest      []byte
-	insert    []byte // what ends the replay; nil: sent, or none
-	insertAt  uint64 // its position
+	stream *Stream       // nil until the session follows one
+	pos    uint64        // cursor: position of the next frame; 0: behind seq in the history
+	view   View          // nil: it cannot go on
+	seq    atomic.Uint64 // read by the worker at any time
+	owner  uint64
+	replay *replay // nil: it has ended, or there was none
+	rest   []byte
+
 	skipped   int64  // cost of the frames passed since the last one written
 	writtenAt int64  // when that was, Unix milliseconds
-	insertSeq uint64 // the number that insert comes behind
 	block     *block // of the history, while reading
 	reading   bool   // the session is one of the core's readers
 
 	following atomic.Bool // Follow has been called
-	core      *Core
 	ended     func(cause error)
 
 	mu          sync.Mutex
@@ -87,12 +85,21 @@ type Session struct {
 	follower *follower
 	index    int    // in the follower's sessions
 	begin    func() // shows the stream to the writer, once the session is not parked any more
+
+	_ [8]byte // to a multiple of a cache line: no session begins within another's
+}
+
+// replay is what a session missed and is yet to be sent.
+type replay struct {
+	end []byte // the message that ends it
+	at  uint64 // its position
+	seq uint64 // the number that it comes behind
 }
 
 // NewSession makes a session of a connection, which it owns from now on for writing and closing.
 // When the session has ended, ended is called in a goroutine of its own, with the cause: nil after Close.
 func (c *Core) NewSession(conn net.Conn, ended func(cause error)) *Session {
-	return &Session{core: c, worker: c.nextWorker(), socket: newSocket(conn), ended: ended}
+	return &Session{worker: c.nextWorker(), socket: newSocket(conn), ended: ended}
 }
 
 // Open writes a session's first bytes, in the caller's goroutine as far as the socket takes them at once.
@@ -141,9 +148,9 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 		s.following.Store(false)
 		return ErrDropped
 	}
-	var insert []byte
+	var missed *replay
 	if start.Replayed != nil {
-		insert = start.Replayed(last)
+		missed = &replay{end: start.Replayed(last), at: head, seq: last}
 	}
 	sub := stream.subs[0]
 	for _, f := range stream.subs {
@@ -153,7 +160,7 @@ func (s *Session) Follow(stream *Stream, start Start) error {
 	}
 	begin := func() {
 		s.stream, s.owner, s.view, s.pos = stream, start.Owner, view, pos
-		s.insert, s.insertAt, s.insertSeq = insert, head, last
+		s.replay = missed
 		s.writtenAt = s.worker.clock.Load()
 	}
 	s.worker.post(func() {
@@ -302,11 +309,11 @@ func (s *Session) cut(cause error) {
 	if s.finished.Load() {
 		return
 	}
-	if s.parked || len(s.rest) > 0 || s.core.overrun == nil {
+	if s.parked || len(s.rest) > 0 || s.worker.core.overrun == nil {
 		s.End(cause)
 		return
 	}
-	s.Close(s.core.overrun())
+	s.Close(s.worker.core.overrun())
 }
 
 // chunk is the next bytes of a session: the rest of a frame, those of a span and perhaps of what ends the
@@ -330,9 +337,9 @@ func (s *Session) next(b *scratch) (chunk, error) {
 		return chunk{}, nil
 	}
 	for {
-		if s.insertDue() {
-			wire := s.insert
-			s.insert = nil
+		if s.replayed() {
+			wire := s.replay.end
+			s.replay = nil
 			return s.sendFirst(wire), nil
 		}
 		if s.view == nil {
@@ -342,7 +349,7 @@ func (s *Session) next(b *scratch) (chunk, error) {
 		switch {
 		case err != nil:
 			return chunk{}, err
-		case sp == nil && s.insertDue():
+		case sp == nil && s.replayed():
 			continue
 		case sp == nil:
 			return chunk{}, nil
@@ -353,8 +360,8 @@ func (s *Session) next(b *scratch) (chunk, error) {
 				return c, nil
 			}
 			c = chunk{bytes: sp.bytes, span: sp}
-			if s.insert != nil && sp.to > 0 && sp.to == s.insertAt && len(sp.bytes) <= maxJoined {
-				b.joined = append(append(b.joined[:0], sp.bytes...), s.insert...)
+			if s.replay != nil && sp.to > 0 && sp.to == s.replay.at && len(sp.bytes) <= maxJoined {
+				b.joined = append(append(b.joined[:0], sp.bytes...), s.replay.end...)
 				c.bytes = b.joined
 			}
 			return c, nil
@@ -374,20 +381,20 @@ func (s *Session) passed(sp *span, skipped int64) {
 	s.seq.Store(sp.seq)
 }
 
-// insertDue says whether the session has got all of its replay.
-func (s *Session) insertDue() bool { return s.insert != nil && s.pos >= s.insertAt }
+// replayed says whether the session has got all of its replay but the end.
+func (s *Session) replayed() bool { return s.replay != nil && s.pos >= s.replay.at }
 
 // older returns the frames behind the cursor that the block of the history has, as far as the stream
 // does not keep them and as they belong to the replay.
 func (s *Session) older() []*Frame {
 	frames := s.stream.upTo(s.block.behind(s.seq.Load()))
-	if s.insert == nil {
+	if s.replay == nil {
 		return frames
 	}
 	for i, f := range frames {
-		if f.Seq > s.insertSeq {
+		if f.Seq > s.replay.seq {
 			if i == 0 {
-				s.insertAt = 0 // now
+				s.replay.at = 0 // now
 			}
 			return frames[:i]
 		}
@@ -452,8 +459,8 @@ func (s *Session) sendFirst(wire []byte) chunk {
 // replayEnd is where the session's replay ends, as far as the n frames from the cursor on are
 // concerned; 0 when it is behind that. So it is the same for all sessions that replay all of them.
 func (s *Session) replayEnd(n int) uint64 {
-	if s.insert != nil && s.pos < s.insertAt {
-		return min(s.insertAt, s.pos+uint64(n))
+	if s.replay != nil && s.pos < s.replay.at {
+		return min(s.replay.at, s.pos+uint64(n))
 	}
 	return 0
 }
@@ -461,11 +468,11 @@ func (s *Session) replayEnd(n int) uint64 {
 // idle returns a no-op message when the session has been sent nothing for a good part of what the stream keeps.
 func (s *Session) idle() []byte {
 	now := s.worker.clock.Load()
-	if s.core.noop == nil || s.skipped < s.stream.idleBytes.Load() && now-s.writtenAt < s.stream.idleTime.Load() {
+	if s.worker.core.noop == nil || s.skipped < s.stream.idleBytes.Load() && now-s.writtenAt < s.stream.idleTime.Load() {
 		return nil
 	}
 	s.skipped, s.writtenAt = 0, now
-	return s.core.noop(s.seq.Load())
+	return s.worker.core.noop(s.seq.Load())
 }
 
 // advance moves the cursor by n bytes of c.
@@ -493,10 +500,10 @@ func (s *Session) advance(c chunk, n int) {
 		s.passed(sp, sp.skipped)
 		switch {
 		case over == 0:
-		case over < len(s.insert):
-			s.rest, s.insert = s.insert[over:], nil
+		case over < len(s.replay.end):
+			s.rest, s.replay = s.replay.end[over:], nil
 		default:
-			s.insert = nil
+			s.replay = nil
 		}
 		return
 	}
@@ -553,7 +560,7 @@ func (s *Session) drain() error {
 	}()
 	for errors.Is(err, errBehind) {
 		s.yield()
-		s.core.readers <- struct{}{}
+		s.worker.core.readers <- struct{}{}
 		s.reading = true
 		if s.finished.Load() {
 			return net.ErrClosed
@@ -573,16 +580,20 @@ func (s *Session) drain() error {
 func (s *Session) yield() {
 	if s.reading {
 		s.block, s.reading = nil, false
-		<-s.core.readers
+		<-s.worker.core.readers
 	}
 }
 
 // wait writes, waiting for the socket, until there is nothing left or errBehind.
 func (s *Session) wait() (err error) {
-	if s.socket.raw == nil {
+	if s.socket.fd == noFD {
 		return s.waitBlocking()
 	}
-	waitErr := s.socket.raw.Write(func(fd uintptr) (done bool) {
+	raw, err := s.socket.conn.(syscall.Conn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	waitErr := raw.Write(func(fd uintptr) (done bool) {
 		b := scratches.Get().(*scratch) // not kept while the socket is waited for
 		defer b.release()
 		for {

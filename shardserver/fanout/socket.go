@@ -9,27 +9,27 @@ import (
 // the net package's bookkeeping, most of which would have to come from memory for each delivery. That is
 // safe as the worker alone closes it, too: the descriptor is no other connection's meanwhile.
 type socket struct {
-	fd   uintptr
-	raw  syscall.RawConn // for writes that wait; nil: every write waits, as with TLS
+	fd   uintptr // noFD: every write waits, as with TLS
 	conn net.Conn
 }
 
+const noFD = ^uintptr(0)
+
 func newSocket(conn net.Conn) socket {
-	s := socket{conn: conn}
+	s := socket{fd: noFD, conn: conn}
 	sc, ok := conn.(syscall.Conn)
 	if !ok || !nonblocking {
 		return s
 	}
-	raw, err := sc.SyscallConn()
-	if err == nil && raw.Control(func(fd uintptr) { s.fd = fd }) == nil {
-		s.raw = raw
+	if raw, err := sc.SyscallConn(); err == nil {
+		raw.Control(func(fd uintptr) { s.fd = fd }) //nolint:errcheck // then writes find it closed, too
 	}
 	return s
 }
 
 // write writes what the socket takes now. again: it takes no more.
 func (s *socket) write(p []byte) (n int, again bool, err error) {
-	if s.raw == nil {
+	if s.fd == noFD {
 		return 0, true, nil
 	}
 	n, again, err = writeOnce(s.fd, p)
@@ -38,7 +38,7 @@ func (s *socket) write(p []byte) (n int, again bool, err error) {
 
 // close closes the connection. It does not wait: TLS says goodbye to a peer that may not read.
 func (s *socket) close() {
-	if s.raw == nil {
+	if s.fd == noFD {
 		go s.conn.Close()
 		return
 	}
@@ -51,7 +51,7 @@ func (s *socket) closeWrite() {
 	switch {
 	case !ok:
 		s.close()
-	case s.raw == nil:
+	case s.fd == noFD:
 		go half.CloseWrite() //nolint:errcheck // the session ends in a moment anyhow
 	default:
 		half.CloseWrite() //nolint:errcheck // likewise

@@ -183,6 +183,7 @@ type cache struct {
 	stream  *Stream // of the turn
 	head    uint64  // its end
 	size    int     // bytes
+	used    bool    // since somebody looked
 	last    *span
 	windows map[windowKey]*window
 	spans   map[spanKey]*span
@@ -224,13 +225,10 @@ func (c *cache) begin(stream *Stream) {
 	}
 }
 
-// empty says whether there is nothing to reset.
-func (c *cache) empty() bool { return len(c.windows) == 0 }
-
 // reset empties the cache: it holds on to no stream and no frame.
 func (c *cache) reset() {
 	c.last = nil
-	if c.empty() {
+	if len(c.windows) == 0 {
 		return
 	}
 	windows, spans, texts := &c.pool.windows, &c.pool.spans, &c.pool.texts
@@ -274,6 +272,7 @@ func (c *cache) find(s *Session) *span {
 		if sp.window.personal(s.owner) {
 			return nil
 		}
+		c.used = true
 		return sp
 	}
 	w := c.windows[windowKey{s.stream, s.pos, n, atHead}]
@@ -282,7 +281,7 @@ func (c *cache) find(s *Session) *span {
 	}
 	sp := c.spans[spanKey{w, s.view, until}]
 	if sp != nil {
-		c.last = sp
+		c.last, c.used = sp, true
 	}
 	return sp
 }
@@ -296,6 +295,7 @@ func (w *window) is(stream *Stream, from uint64, n int, atHead bool) bool {
 func (c *cache) window(stream *Stream, from uint64, frames []*Frame, atHead bool) *window {
 	key := windowKey{stream, from, len(frames), atHead}
 	w := c.windows[key]
+	c.used = true
 	if w == nil {
 		w = c.pool.windows.get()
 		w.fill(stream, from, frames)
@@ -375,7 +375,7 @@ func (b *scratch) span(s *Session) (*span, error) {
 		}
 	}
 	s.pos = at
-	if n == 0 || s.insertDue() {
+	if n == 0 || s.replayed() {
 		return nil, nil
 	}
 	atHead := false

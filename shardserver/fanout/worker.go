@@ -15,6 +15,8 @@ const (
 	maxUnseen = 8 * maxWindow
 	// maxViews bounds the views that a follower asks whether a frame is seen at all.
 	maxViews = 16
+	// ahead is how many sessions are fetched from memory together.
+	ahead = 8
 )
 
 // follower is a stream's sessions on one worker.
@@ -91,10 +93,12 @@ func (f *follower) beginRound(frames []*Frame) (ok bool) {
 	return true
 }
 
-// worker owns the writes of its sessions.
+// worker owns the writes of its sessions. Who has its turn acts for it: its goroutine, or one that has something
+// for a session while the worker does nothing, which spares waking it.
 type worker struct {
 	core   *Core
 	signal chan struct{}
+	turn   turn // taken before mu
 
 	mu      sync.Mutex
 	posted  []func()
@@ -102,7 +106,7 @@ type worker struct {
 	rounds  []*follower
 	stopped bool // nothing runs or is written any more
 
-	scratch scratch // owned by the goroutine
+	scratch scratch // owned by who has the turn
 
 	deliveries, writes, bytes, overruns atomic.Uint64
 	parked, catchingUp                  atomic.Int64
@@ -116,8 +120,50 @@ func (w *worker) poke() {
 	}
 }
 
-// post has f run by the worker's goroutine, unless that has ended.
+// turn is a lock that can be waited for as synctest wants it.
+type turn chan struct{}
+
+func (t turn) lock()   { t <- struct{}{} }
+func (t turn) unlock() { <-t }
+
+func (t turn) tryLock() (ok bool) {
+	select {
+	case t <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+// take takes the worker's turn if nobody has it and nothing waits for it.
+func (w *worker) take() (ok bool) {
+	if !w.turn.tryLock() {
+		return false
+	}
+	w.mu.Lock()
+	ok = len(w.posted) == 0 && !w.stopped
+	w.mu.Unlock()
+	if !ok {
+		w.turn.unlock()
+		return false
+	}
+	w.begin(nil)
+	return true
+}
+
+// begin begins a turn, which serves a stream or none.
+func (w *worker) begin(stream *Stream) {
+	w.clock.Store(w.core.now().UnixMilli())
+	w.scratch.cache.begin(stream)
+}
+
+// post has f run in a turn of the worker, in the order of the calls, unless the worker has ended.
 func (w *worker) post(f func()) (ok bool) {
+	if w.take() {
+		defer w.turn.unlock()
+		f()
+		return true
+	}
 	w.mu.Lock()
 	if w.stopped {
 		w.mu.Unlock()
@@ -131,6 +177,8 @@ func (w *worker) post(f func()) (ok bool) {
 
 // stop ends the worker, once what was posted has run.
 func (w *worker) stop() {
+	w.turn.lock()
+	defer w.turn.unlock()
 	w.mu.Lock()
 	w.stopped = true
 	posted := w.posted
@@ -153,8 +201,13 @@ func (f *follower) wake() {
 	w.poke()
 }
 
-// schedule has the session flushed soon.
+// schedule has the session flushed, now or soon.
 func (w *worker) schedule(s *Session) {
+	if w.take() {
+		defer w.turn.unlock()
+		w.flush(s)
+		return
+	}
 	if !s.scheduled.CompareAndSwap(false, true) {
 		return
 	}
@@ -172,12 +225,15 @@ func (w *worker) run() {
 	for {
 		clear(posted)
 		clear(ready)
+		w.turn.lock()
 		w.mu.Lock()
 		posted, w.posted = w.posted, posted[:0]
 		ready, w.ready = w.ready, ready[:0]
 		var round *follower
+		var stream *Stream
 		if len(w.rounds) > 0 {
 			round = w.rounds[0]
+			stream = round.stream
 			w.rounds = slices.Delete(w.rounds, 0, 1)
 			if round.next == 0 {
 				round.pending = false
@@ -185,12 +241,7 @@ func (w *worker) run() {
 		}
 		w.mu.Unlock()
 
-		w.clock.Store(w.core.now().UnixMilli())
-		var stream *Stream
-		if round != nil {
-			stream = round.stream
-		}
-		w.scratch.cache.begin(stream)
+		w.begin(stream)
 		for _, f := range posted {
 			f()
 		}
@@ -200,9 +251,14 @@ func (w *worker) run() {
 		}
 		if round != nil {
 			w.serve(round)
-			continue
 		}
-		if len(posted) == 0 && len(ready) == 0 && !w.rest(idle) {
+		used := w.scratch.cache.used
+		w.scratch.cache.used = false
+		w.turn.unlock()
+		if used {
+			idle.Reset(cacheTime)
+		}
+		if round == nil && len(posted) == 0 && len(ready) == 0 && !w.rest(idle) {
 			w.stop()
 			return
 		}
@@ -211,9 +267,6 @@ func (w *worker) run() {
 
 // rest waits until there is something to do. It is not ok when there never will be again.
 func (w *worker) rest(idle *time.Timer) (ok bool) {
-	if !w.scratch.cache.empty() {
-		idle.Reset(cacheTime)
-	}
 	for {
 		select {
 		case <-w.signal:
@@ -221,7 +274,15 @@ func (w *worker) rest(idle *time.Timer) (ok bool) {
 		case <-w.core.stopped:
 			return false
 		case <-idle.C:
-			w.scratch = scratch{cache: newCache()} // with all the room that a burst has taken
+			w.turn.lock()
+			used := w.scratch.cache.used
+			if !used {
+				w.scratch = scratch{cache: newCache()} // with all the room that a burst has taken
+			}
+			w.turn.unlock()
+			if used { // by others
+				idle.Reset(cacheTime)
+			}
 		}
 	}
 }
@@ -231,9 +292,12 @@ func (w *worker) serve(f *follower) {
 	if f.next == 0 && !f.beginRound(w.scratch.frames[:]) {
 		f.next = len(f.sessions)
 	}
-	for range quantum {
+	for n := range quantum {
 		if f.next >= len(f.sessions) {
 			break
+		}
+		if n%ahead == 0 {
+			fetch(f.sessions[f.next:])
 		}
 		s := f.sessions[f.next]
 		f.next++
@@ -247,6 +311,15 @@ func (w *worker) serve(f *follower) {
 	}
 	if f.queued {
 		w.rounds = append(w.rounds, f)
+	}
+}
+
+// fetch has what the next deliveries need of their sessions come from memory at the same time: one after another
+// that takes a good part of a short write.
+func fetch(sessions []*Session) {
+	for _, s := range sessions[:min(ahead, len(sessions))] {
+		s.finished.Load()
+		s.seq.Load()
 	}
 }
 
@@ -295,7 +368,7 @@ func (w *worker) write(s *Session) {
 		case again:
 			w.park(s)
 			return
-		case c.span != nil && c.span.atHead && s.insert == nil:
+		case c.span != nil && c.span.atHead && s.replay == nil:
 			return // whatever came meanwhile has the session flushed again
 		}
 	}

@@ -35,8 +35,6 @@ const (
 	// maxExtra bounds the connections beyond the shard's capacity that may still resume a session
 	// whose old connection has not been missed yet.
 	maxExtra = 256
-	// sendBuffer bounds what the kernel keeps for a slow client.
-	sendBuffer = 256 << 10
 	// helloSize is room for HELLO.
 	helloSize = 64
 	// answerTime is how long a client that is held may take to take the answer to its upgrade.
@@ -168,9 +166,6 @@ func (g *Gateway) Serve(w http.ResponseWriter, r *http.Request, id snowflake.ID)
 	upgrade := &upgrade{ResponseWriter: w}
 	if _, err := g.upgrader.Upgrade(upgrade, r, nil); err != nil {
 		return // the upgrader has answered
-	}
-	if tcp, ok := upgrade.Conn.(interface{ SetWriteBuffer(bytes int) error }); ok {
-		tcp.SetWriteBuffer(sendBuffer) //nolint:errcheck // where it fails the kernel's own bound counts
 	}
 	c := &connection{
 		gateway: g, conn: upgrade.Conn, early: upgrade.early, id: id,
