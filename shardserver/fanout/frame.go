@@ -13,6 +13,8 @@ import (
 type Frame struct {
 	// Seq is the message's number. Along a stream numbers rise; a volatile frame repeats the one before it.
 	Seq uint64
+	// Reserved is how many numbers right behind Seq have no frame.
+	Reserved uint64
 	// Wire is the message as a complete frame of the socket's protocol. A frame without is for
 	// the owners in Personal alone, whatever their view.
 	Wire []byte
@@ -27,6 +29,9 @@ type Frame struct {
 	// Volatile frames are for sessions that are there now: a replay leaves them out. They turn nothing.
 	Volatile bool
 }
+
+// end is the last of the frame's numbers.
+func (f *Frame) end() uint64 { return f.Seq + f.Reserved }
 
 // Personal is a frame as one owner's sessions see it.
 type Personal struct {

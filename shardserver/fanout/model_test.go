@@ -120,7 +120,7 @@ func (m *model) last() uint64 {
 	if len(m.frames) == 0 {
 		return 0
 	}
-	return m.frames[len(m.frames)-1].Seq
+	return m.frames[len(m.frames)-1].end()
 }
 
 // turned is what frames from position from to before to do to an owner's view.

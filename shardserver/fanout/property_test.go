@@ -107,6 +107,9 @@ func (p *property) publish(rt *rapid.T) {
 			f.Variants = [][]byte{line("v %d", len(p.model.frames)-1)}
 		}
 		turn := flip(rapid.IntRange(1, 7).Draw(rt, "flip"))
+		if kind != "volatile" && kind != "record" {
+			f.Reserved = uint64(rapid.IntRange(0, 1).Draw(rt, "reserved"))
+		}
 		switch kind {
 		case "personal":
 			p.model.personal(f, owner, "instead", nil)

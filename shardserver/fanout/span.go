@@ -118,13 +118,13 @@ func (sp *span) look(marks []mark, w *window, view View, owner, until uint64) []
 		if w.from > 0 {
 			sp.to++
 		}
-		sp.seq, sp.behind = f.Seq, behind
+		sp.seq, sp.behind = f.end(), behind
 		if len(wire) == 0 {
 			sp.skipped += frameCost(f)
 			continue
 		}
 		end += len(wire)
-		marks = append(marks, mark{end: end, pos: sp.to, seq: f.Seq, wire: wire})
+		marks = append(marks, mark{end: end, pos: sp.to, seq: f.end(), wire: wire})
 		sp.skipped = 0
 	}
 	sp.atHead = w.atHead && looked == len(w.frames)

@@ -37,8 +37,8 @@ type Stream struct {
 	times     []int64 // when frames[i] was published, Unix milliseconds
 	first     uint64
 	bytes     int64
-	lost      uint64 // number of the newest frame that was dropped
-	last      uint64 // number of the newest frame
+	lost      uint64 // number of the newest frame that was dropped, but for volatile ones
+	last      uint64 // last number of the newest frame
 	turns     map[uint64][]uint64
 }
 
@@ -68,7 +68,7 @@ func (s *Stream) Publish(frames ...*Frame) {
 		s.frames = append(s.frames, f)
 		s.times = append(s.times, now)
 		s.bytes += frameCost(f)
-		s.last = f.Seq
+		s.last = f.end()
 	}
 	s.drop(now)
 	s.mu.Unlock()
@@ -123,7 +123,9 @@ func (s *Stream) drop(now int64) {
 			}
 		})
 		s.bytes -= frameCost(f)
-		s.lost = f.Seq
+		if !f.Volatile { // its number may be one that the frame before it reserves
+			s.lost = f.Seq
+		}
 		s.frames[n] = nil // the array behind the slice lives on
 		n++
 	}

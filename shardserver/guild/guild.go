@@ -136,7 +136,7 @@ func Birth(c Config) guildlog.Commit {
 	}
 	r := guildlog.Record{Seq: guildlog.First, Time: now().UnixMilli(), Type: "GUILD_CREATE", Data: encode(b)}
 	t := newState().stage()
-	t.apply(&r)
+	t.apply(&r, turn{})
 	return guildlog.Commit{Records: []guildlog.Record{r}, State: t.rows}
 }
 
@@ -309,7 +309,7 @@ type tx struct {
 type untold struct {
 	user  snowflake.ID
 	seq   uint64 // that GUILD_CREATE would have
-	frame int    // where it would be among the frames; an empty one is there
+	frame int    // where it would be among the frames: behind that of the join, which has its number meanwhile
 }
 
 func (g *Guild) newTx() *tx { return &tx{g: g, last: g.last, state: g.state.stage()} }
@@ -422,9 +422,11 @@ func (g *Guild) publish(t *tx) {
 	g.last = t.last
 	g.shown.Store(g.last)
 	g.events.Add(uint64(len(t.records)))
-	for _, u := range t.untold { // a session may have come since
+	for _, u := range slices.Backward(t.untold) { // a session may have come since
 		if m := g.state.members[u.user]; m.object != nil && g.expects(u.user) {
-			t.frames[u.frame] = derived(g.id, u.seq, turn{u.user, true}, g.state.guildCreate(g.id, u.user).join())
+			created := derived(g.id, u.seq, turn{u.user, true}, g.state.guildCreate(g.id, u.user).join())
+			t.frames[u.frame-1].Reserved = 0
+			t.frames = slices.Insert(t.frames, u.frame, created)
 			m.told = true
 			g.state.members[u.user] = m
 		}
@@ -457,7 +459,7 @@ func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 func (t *tx) append(r guildlog.Record, turns turn) {
 	g := t.g
 	f := frame(&r, turns) // the log shares its bytes
-	t.state.apply(&r)
+	t.state.apply(&r, turns)
 	t.records, t.frames, t.last = append(t.records, r), append(t.frames, f), r.End()
 	switch {
 	case turns.user == 0:
@@ -468,8 +470,8 @@ func (t *tx) append(r guildlog.Record, turns turn) {
 		t.state.tell(turns.user)
 		t.frames = append(t.frames, derived(g.id, t.last, turns, t.state.guildCreate(g.id, turns.user).join()))
 	default:
+		f.Reserved = r.Reserved
 		t.untold = append(t.untold, untold{turns.user, t.last, len(t.frames)})
-		t.frames = append(t.frames, &fanout.Frame{Seq: t.last, Tag: protocol.EventOf("GUILD_CREATE")})
 	}
 }
 

@@ -184,7 +184,7 @@ func (s *state) load(log guildlog.Log) error {
 		}
 		t := s.stage()
 		for i := range records {
-			t.apply(&records[i])
+			t.apply(&records[i], turn{})
 			seq = records[i].End()
 		}
 		t.merge()
@@ -375,8 +375,9 @@ func (s *staged) turn(r *guildlog.Record) (t turn) {
 	return t
 }
 
-// apply folds a record into the state. The record has passed check.
-func (s *staged) apply(r *guildlog.Record) {
+// apply folds a record into the state. The record has passed check. turns is what it does to a membership, if
+// that has been decoded.
+func (s *staged) apply(r *guildlog.Record, turns turn) {
 	switch r.Type {
 	case "GUILD_CREATE":
 		var b birth
@@ -422,14 +423,15 @@ func (s *staged) apply(r *guildlog.Record) {
 		delete(s.relayout().roles, *ref.RoleID)
 		s.put(rowRole, *ref.RoleID, nil)
 	case "GUILD_MEMBER_ADD":
-		var ref memberRef
-		mustDecode(r, &ref)
-		m := s.member(ref.User.ID)
+		if turns.user == 0 {
+			turns = turnOf(r)
+		}
+		m := s.member(turns.user)
 		if m.object == nil {
 			m.joined = r.End()
 		}
 		m.object = r.Data
-		s.setMember(ref.User.ID, m)
+		s.setMember(turns.user, m)
 		if r.Reserved > 0 {
 			s.joined++
 		}
@@ -444,9 +446,10 @@ func (s *staged) apply(r *guildlog.Record) {
 			s.setMember(ref.User.ID, m)
 		}
 	case "GUILD_MEMBER_REMOVE":
-		var ref memberRef
-		mustDecode(r, &ref)
-		s.setMember(ref.User.ID, member{})
+		if turns.user == 0 {
+			turns = turnOf(r)
+		}
+		s.setMember(turns.user, member{})
 		if r.Reserved > 0 {
 			s.joined--
 		}
