@@ -47,7 +47,7 @@ func (f *front) serve(conn *limitedConn) (rest net.Conn) {
 	b.in.Reset(b.bytes[:n])
 	b.rw.Reader.Reset(&b.in)
 	request, err := http.ReadRequest(b.rw.Reader)
-	whole := err == nil && request.Body == http.NoBody && b.rw.Reader.Buffered() == 0 && b.in.Len() == 0
+	whole := err == nil && request.Host != "" && request.Body == http.NoBody && b.rw.Reader.Buffered() == 0 && b.in.Len() == 0
 	if whole && request.Method == http.MethodGet && websocket.IsWebSocketUpgrade(request) {
 		answer := answer{conn: conn, rw: &b.rw}
 		if f.handler.ServeHTTP(&answer, request); answer.upgraded {

@@ -46,7 +46,8 @@ type connection struct {
 
 	reading sync.Mutex // held by whoever reads, and owns what follows
 	deaf    bool       // what still comes is not the protocol any more
-	client  guild.Client
+	user    snowflake.ID // who has identified or resumed
+	random  uint64       // of the session's id
 	budget  int32 // messages left in the present window
 	renewed int64 // when the window began, Unix milliseconds
 }
@@ -143,7 +144,7 @@ func (c *connection) ended(error) {
 		watched.Remove()
 	}
 	if attached {
-		c.guild.Detach(c.client)
+		c.guild.Detach(c.session.Load(), c.user, c.random)
 	}
 	switch {
 	case extra:
@@ -285,20 +286,21 @@ func (c *connection) identify(data json.RawMessage) error {
 	if !mine {
 		capabilities |= otherShard
 	}
-	c.client = guild.Client{
+	client := guild.Client{
 		Session: c.session.Load(), User: guild.NewUser(claims.User, claims.Name, claims.Bot),
 		Random: rand.Uint64(), Intents: intents, Outside: !mine,
 	}
+	c.user, c.random = client.User.ID, client.Random
 	ctx, cancel := context.WithTimeout(context.Background(), c.gateway.times.identify)
 	defer cancel()
-	return c.started(c.guild.Identify(ctx, c.client, func(s guild.Snapshot) {
+	return c.started(c.guild.Identify(ctx, client, func(s guild.Snapshot) {
 		sealed := keys.Seal(token.Session{
-			Log: c.guild.LogID(), Base: s.Base, User: claims.User, Random: c.client.Random,
+			Log: c.guild.LogID(), Base: s.Base, User: claims.User, Random: client.Random,
 			Intents: intents, Capabilities: capabilities, Issued: time.Now(),
 		})
-		ready, _ := protocol.Dispatch("READY", s.Base-1, c.ready(sealed, shard, s.Guild != nil))
-		c.client.Session.Prepare(ready)
-		c.prepareGuild(s)
+		ready, _ := protocol.Dispatch("READY", s.Base-1, c.ready(client.User, sealed, shard, s.Guild != nil))
+		client.Session.Prepare(ready)
+		prepareGuild(&client, s)
 	}))
 }
 
@@ -324,7 +326,7 @@ func (c *connection) started(err error) error {
 		gone := c.gone
 		c.mu.Unlock()
 		if gone {
-			c.guild.Detach(c.client)
+			c.guild.Detach(c.session.Load(), c.user, c.random)
 		}
 		c.expectHeartbeat()
 		return nil
@@ -339,10 +341,10 @@ func (c *connection) started(err error) error {
 }
 
 // prepareGuild has the snapshot's guild sent to a client that asked for guilds, as it begins to follow the stream.
-func (c *connection) prepareGuild(s guild.Snapshot) {
-	if s.Guild != nil && c.client.Intents&protocol.IntentGuilds != 0 {
+func prepareGuild(c *guild.Client, s guild.Snapshot) {
+	if s.Guild != nil && c.Intents&protocol.IntentGuilds != 0 {
 		head, tail := protocol.DispatchParts("GUILD_CREATE", s.Base, s.Guild.Shared, s.Guild.Own)
-		c.client.Session.Prepare(head, s.Guild.Shared, tail)
+		c.Session.Prepare(head, s.Guild.Shared, tail)
 	}
 }
 
@@ -389,12 +391,12 @@ type application struct {
 	Flags int          `json:"flags"`
 }
 
-func (c *connection) ready(sessionID string, shard *[2]int, member bool) []byte {
+func (c *connection) ready(user guild.User, sessionID string, shard *[2]int, member bool) []byte {
 	place, _ := c.gateway.o.Directory.Find(c.id)
 	d := readyData{
-		Version: int(c.version), User: readyUser{User: c.client.User, Verified: true},
+		Version: int(c.version), User: readyUser{User: user, Verified: true},
 		Guilds: []stub{}, PrivateChannels: []struct{}{}, SessionID: sessionID, Shard: shard,
-		Application: &application{ID: c.client.User.ID},
+		Application: &application{ID: user.ID},
 	}
 	if place.Object != nil {
 		d.ResumeGatewayURL = c.gateway.o.Directory.Addresses(place.Object).Gateway
@@ -444,11 +446,14 @@ func (c *connection) resume(data json.RawMessage) error {
 		c.extra = false
 		c.mu.Unlock()
 	}
-	c.client = guild.Client{
+	client := guild.Client{
 		Session: c.session.Load(), User: guild.NewUser(claims.User, claims.Name, claims.Bot),
 		Random: sealed.Random, Intents: sealed.Intents, Outside: sealed.Capabilities&otherShard != 0,
 	}
+	c.user, c.random = client.User.ID, client.Random
 	ctx, cancel := context.WithTimeout(context.Background(), c.gateway.times.identify)
 	defer cancel()
-	return c.started(c.guild.Resume(ctx, c.client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, c.prepareGuild))
+	return c.started(c.guild.Resume(ctx, client, guild.Resumption{Log: sealed.Log, Base: sealed.Base, Seq: seq}, func(s guild.Snapshot) {
+		prepareGuild(&client, s)
+	}))
 }

@@ -619,7 +619,7 @@ func FuzzHandle(f *testing.F) {
 			break
 		}
 		if c.attached {
-			place.Guild.Detach(c.client)
+			place.Guild.Detach(c.session.Load(), c.user, c.random)
 		}
 		if _, err := place.Guild.Publish(context.Background(), "", []guild.Event{{Type: "X", Data: json.RawMessage(`{}`)}}); err != nil {
 			t.Fatal(err)

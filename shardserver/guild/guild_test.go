@@ -453,8 +453,8 @@ func TestOneMemberManySessions(t *testing.T) {
 		t.Errorf("%+v", c)
 	}
 	for _, c := range clients {
-		g.Detach(c)
-		g.Detach(c) // nothing more happens
+		g.Detach(c.Session, c.User.ID, c.Random)
+		g.Detach(c.Session, c.User.ID, c.Random) // nothing more happens
 	}
 	if c := g.Counts(); c.Sessions != 0 || c.Online != 0 {
 		t.Errorf("%+v", c)

@@ -316,19 +316,19 @@ func (g *Guild) Attached(random uint64) bool {
 	return found
 }
 
-// Detach forgets a session that has ended.
-func (g *Guild) Detach(c Client) {
-	a, found := g.sessions.detach(c.Random, func(a attached) bool { return a.session == c.Session })
+// Detach forgets a user's session that has ended, with the random part of its id.
+func (g *Guild) Detach(session *fanout.Session, user snowflake.ID, random uint64) {
+	a, found := g.sessions.detach(random, func(a attached) bool { return a.session == session })
 	if g.upstream != nil {
 		if found {
-			g.upstream.Detach(Detachment{Random: c.Random, Nonce: a.nonce})
+			g.upstream.Detach(Detachment{Random: random, Nonce: a.nonce})
 		}
-		defer g.untrack(c.User.ID)
+		defer g.untrack(user)
 	}
 	g.mu.RLock()
 	defer g.mu.RUnlock()
-	if g.state.members[c.User.ID].object == nil {
-		g.sessions.left(c.User.ID)
+	if g.state.members[user].object == nil {
+		g.sessions.left(user)
 	}
 }
 

@@ -643,7 +643,7 @@ func TestLeavingWhileTheLinkComesUp(t *testing.T) {
 		for _, c := range clients {
 			c.Session.End(nil)
 			<-c.ended
-			r.get().Detach(c.Client)
+			r.get().Detach(c.Session, c.User.ID, c.Random)
 		}
 		eventually(t, "nobody is left", func() bool { return h.guild.Counts().Sessions == 0 })
 	}
