@@ -44,12 +44,12 @@ type connection struct {
 	gone     bool // the session has ended
 	extra    bool // has no place among the sessions, but may take over that of one that it resumes
 
-	reading sync.Mutex // held by whoever reads, and owns what follows
-	deaf    bool       // what still comes is not the protocol any more
+	reading sync.Mutex   // held by whoever reads, and owns what follows
+	deaf    bool         // what still comes is not the protocol any more
 	user    snowflake.ID // who has identified or resumed
 	random  uint64       // of the session's id
-	budget  int32 // messages left in the present window
-	renewed int64 // when the window began, Unix milliseconds
+	budget  int32        // messages left in the present window
+	renewed int64        // when the window began, Unix milliseconds
 }
 
 // wait sends the answer to the upgrade, holds the connection, and begins to serve it. request is its
