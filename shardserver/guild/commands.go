@@ -165,7 +165,7 @@ func (g *Guild) Join(ctx context.Context, u User) (member json.RawMessage, joine
 			return nil
 		}
 		joined = true
-		t.emit("GUILD_MEMBER_ADD", memberObject(g.id, u, g.now()), nil)
+		t.turn(t.record("GUILD_MEMBER_ADD", memberObject(g.id, u, g.now()), nil), turn{u.ID, true})
 		member = t.state.member(u.ID).object
 		return nil
 	})

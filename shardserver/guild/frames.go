@@ -35,7 +35,11 @@ type turn struct {
 
 // turnOf decodes the turn of a record of GUILD_MEMBER_ADD or GUILD_MEMBER_REMOVE that has one.
 func turnOf(r *guildlog.Record) turn {
-	var ref memberRef
+	var ref struct {
+		User struct {
+			ID snowflake.ID `json:"id"`
+		} `json:"user"`
+	}
 	mustDecode(r, &ref)
 	return turn{ref.User.ID, r.Type == "GUILD_MEMBER_ADD"}
 }

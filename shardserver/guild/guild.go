@@ -446,13 +446,22 @@ func (t *tx) emit(name string, body []byte, users []snowflake.ID) uint64 {
 		t.frames = append(t.frames, volatileFrame(t.volatile[len(t.volatile)-1]))
 		return t.last
 	}
-	r := guildlog.Record{Seq: t.last + 1, Time: t.g.now().UnixMilli(), Type: name, Data: body, Users: users}
-	turns := t.state.turn(&r)
+	r := t.record(name, body, users)
+	t.turn(r, t.state.turn(&r))
+	return r.Seq
+}
+
+// record is the next record of the log.
+func (t *tx) record(name string, body []byte, users []snowflake.ID) guildlog.Record {
+	return guildlog.Record{Seq: t.last + 1, Time: t.g.now().UnixMilli(), Type: name, Data: body, Users: users}
+}
+
+// turn stages a record and what it does to a membership.
+func (t *tx) turn(r guildlog.Record, turns turn) {
 	if turns.user != 0 {
 		r.Reserved = 1
 	}
 	t.append(r, turns)
-	return r.Seq
 }
 
 // append stages a record and the frames that are made of it.

@@ -586,11 +586,13 @@ func (s *staged) guildCreate(id, user snowflake.ID) Body {
 // intent is told its own member alone
 // (https://docs.discord.com/developers/events/gateway-events#guild-create).
 func guildCreate(id snowflake.ID, l *layout, m member, members int) Body {
-	var ref memberRef
-	mustDecodeRaw(m.object, &ref)
+	joined := struct {
+		At json.RawMessage `json:"joined_at"`
+	}{json.RawMessage("null")}
+	mustDecodeRaw(m.object, &joined)
 	own := make([]byte, 0, len(m.object)+128)
 	own = append(own, `,"joined_at":`...)
-	own = append(own, encode(ref.JoinedAt)...)
+	own = append(own, joined.At...)
 	own = append(own, `,"member_count":`...)
 	own = strconv.AppendInt(own, int64(members), 10)
 	own = append(own, `,"members":[`...)
