@@ -44,7 +44,6 @@ type Core struct {
 	turn    atomic.Uint32
 	stopped chan struct{}
 	readers chan struct{} // has one for each session that reads history
-	lanes   chan struct{} // has one for each worker in a long round that nothing presses
 }
 
 // Stats counts what a Core has done since its start.
@@ -71,7 +70,6 @@ func New(o Options) *Core {
 	if n <= 0 {
 		n = runtime.GOMAXPROCS(0)
 	}
-	c.lanes = make(chan struct{}, max(n/2, 1))
 	for range n {
 		w := &worker{core: c, signal: make(chan struct{}, 1), turn: make(turn, 1), scratch: scratch{cache: newCache()}}
 		c.workers = append(c.workers, w)

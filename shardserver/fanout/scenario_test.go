@@ -5,7 +5,6 @@ import (
 	"os"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -662,62 +661,5 @@ func TestWritesOfAnySize(t *testing.T) {
 				s.got(a, "m 0", "f 0", "f 1", "f 2", "replayed 4", "f 5", "p 6 mine", "f 7", "f 8", "f 9")
 			})
 		}
-	}
-}
-
-// TestLongRounds: while nothing presses, one of two workers is in a long round at a time.
-func TestLongRounds(t *testing.T) {
-	for name, test := range map[string]struct {
-		sessions int // of each worker
-		press    bool
-		both     bool
-	}{
-		"the other worker waits for the end of a long round": {quantum + 1, false, false},
-		"it does not when more is published meanwhile":       {quantum + 1, true, true},
-		"nor with a short round":                             {quantum, false, true},
-	} {
-		t.Run(name, func(t *testing.T) {
-			synctest.Test(t, func(t *testing.T) {
-				core, m := New(Options{Workers: 2}), &model{}
-				stream := core.NewStream(0, nil, keepAll, keepAll)
-				gate := make(chan struct{})
-				var held atomic.Bool
-				var writes atomic.Int64
-				var sessions []*Session
-				for range 2 * test.sessions {
-					fake := newFake(unlimited)
-					fake.onWrite = func() {
-						if !held.Swap(true) { // the first worker that writes
-							<-gate
-						}
-						writes.Add(1)
-					}
-					s := core.NewSession(fakeSocket{fake}, ignore)
-					sessions = append(sessions, s)
-					if err := s.Follow(stream, Start{View: topics(1), Owner: 1}); err != nil {
-						t.Fatal(err)
-					}
-				}
-				m.publish(stream, m.frame(1, 0, 0))
-				synctest.Wait()
-				if test.press {
-					m.publish(stream, m.frame(2, 0, 0))
-					synctest.Wait()
-				}
-				if got := writes.Load() > 0; got != test.both {
-					t.Errorf("%d writes of the other worker", writes.Load())
-				}
-				close(gate)
-				synctest.Wait()
-				for _, s := range sessions {
-					if s.seq.Load() != m.last() {
-						t.Fatalf("a session is at %d of %d", s.seq.Load(), m.last())
-					}
-					s.End(nil)
-				}
-				synctest.Wait()
-				core.Stop()
-			})
-		})
 	}
 }

@@ -28,7 +28,6 @@ type follower struct {
 	// guarded by worker.mu
 	pending bool // frames were published after the present round began
 	queued  bool // in worker.rounds, or being served
-	pressed bool // frames were published while it was
 
 	// Owned by the worker.
 	next   int               // session to be served next in the present round
@@ -107,9 +106,7 @@ type worker struct {
 	rounds  []*follower
 	stopped bool // nothing runs or is written any more
 
-	// Owned by who has the turn.
-	scratch scratch
-	lane    bool // the worker has one of the core's
+	scratch scratch // owned by who has the turn
 
 	deliveries, writes, bytes, overruns atomic.Uint64
 	parked, catchingUp                  atomic.Int64
@@ -195,7 +192,7 @@ func (w *worker) stop() {
 func (f *follower) wake() {
 	w := f.worker
 	w.mu.Lock()
-	f.pending, f.pressed = true, f.queued
+	f.pending = true
 	if !f.queued {
 		f.queued = true
 		w.rounds = append(w.rounds, f)
@@ -234,12 +231,12 @@ func (w *worker) run() {
 		ready, w.ready = w.ready, ready[:0]
 		var round *follower
 		var stream *Stream
-		if len(w.rounds) > 0 && w.enter(w.rounds[0]) {
+		if len(w.rounds) > 0 {
 			round = w.rounds[0]
 			stream = round.stream
 			w.rounds = slices.Delete(w.rounds, 0, 1)
 			if round.next == 0 {
-				round.pending, round.pressed = false, false
+				round.pending = false
 			}
 		}
 		w.mu.Unlock()
@@ -290,33 +287,6 @@ func (w *worker) rest(idle *time.Timer) (ok bool) {
 	}
 }
 
-// enter says whether the worker may go on with the round that is next. While nothing presses, only half of the workers
-// are in long rounds at a time: the other processors are for what a round causes, the kernel's receiving and the
-// readers, which would interrupt it. w.mu is held.
-func (w *worker) enter(f *follower) bool {
-	if f.next > 0 || f.pressed || len(w.rounds) > 1 || len(f.sessions) <= quantum {
-		return true
-	}
-	select {
-	case w.core.lanes <- struct{}{}:
-		w.lane = true
-		return true
-	default:
-		return false // the worker that leaves a lane wakes this one
-	}
-}
-
-// leave ends a round.
-func (w *worker) leave() {
-	if w.lane {
-		w.lane = false
-		<-w.core.lanes
-		for _, other := range w.core.workers {
-			other.poke()
-		}
-	}
-}
-
 // serve gives the follower's sessions one quantum, and queues it again behind the others while there is more to do.
 func (w *worker) serve(f *follower) {
 	if f.next == 0 && !f.beginRound(w.scratch.frames[:]) {
@@ -332,9 +302,6 @@ func (w *worker) serve(f *follower) {
 		s := f.sessions[f.next]
 		f.next++
 		w.flush(s)
-	}
-	if f.next >= len(f.sessions) {
-		w.leave()
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
