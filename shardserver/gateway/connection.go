@@ -90,7 +90,7 @@ func (c *connection) serve(local *guild.Guild, first []byte) {
 		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
 	}
 	if !c.watch() {
-		go c.read(true)
+		go c.read(g.lend(c, true))
 	}
 }
 
@@ -112,23 +112,44 @@ func (c *connection) watch() bool {
 	if gone {
 		watched.Remove()
 	} else if len(c.early) > 0 {
-		c.readMore()
+		c.readMore(c.gateway.lend(c, false))
 	}
 	return true
 }
 
-// readable is called when there is something to read.
+// readable is called by the poller when there is something to read, and must not wait. It is nearly always a
+// heartbeat, which is answered without waking anybody; what may have to wait, a goroutine goes on with.
 func (c *connection) readable() {
-	c.reading.Lock()
-	defer c.reading.Unlock()
-	c.readMore()
+	g := c.gateway
+	if !c.reading.TryLock() { // who begins to watch is about to let go of it
+		g.o.Poller.Go(func() {
+			c.reading.Lock()
+			defer c.reading.Unlock()
+			c.readMore(g.lend(c, false))
+		})
+		return
+	}
+	r := g.lend(c, false)
+	if !c.deaf && r.heartbeats() {
+		g.takeBack(r)
+		c.arm()
+		c.reading.Unlock()
+		return
+	}
+	g.o.Poller.Go(func() {
+		defer c.reading.Unlock()
+		c.readMore(r)
+	})
 }
 
 // readMore reads what there is, and has the poller tell when there is more.
-func (c *connection) readMore() {
-	if !c.read(false) {
-		return
+func (c *connection) readMore(r *reader) {
+	if c.read(r) {
+		c.arm()
 	}
+}
+
+func (c *connection) arm() {
 	if err := c.watched.Arm(); err != nil {
 		c.session.Load().End(err)
 	}
