@@ -197,18 +197,34 @@ func testFrame(seq uint64) *Frame { return &Frame{Seq: seq, Tag: 0, Wire: make([
 // TestDeliveriesDoNotAllocate: publishing costs a few allocations, delivering none.
 func TestDeliveriesDoNotAllocate(t *testing.T) {
 	const sessions = 200
-	core, stream := audience(t, sessions, 1)
-	seq := uint64(0)
-	publish := func() {
-		seq++
-		stream.Publish(testFrame(seq))
-		await(t, core, seq*sessions)
-	}
-	for range 100 {
-		publish()
-	}
-	if n := testing.AllocsPerRun(100, publish); n > 10 {
-		t.Errorf("%v allocations for a frame to %d sessions", n, sessions)
+	for name, frame := range map[string]func(seq uint64) *Frame{
+		"a frame": testFrame,
+		"a frame with something for others": func(seq uint64) *Frame {
+			f := testFrame(seq)
+			f.Variants, f.Personal = [][]byte{f.Wire[:100]}, For(f.Wire, 2, 3)
+			return f
+		},
+		"a frame with something for each": func(seq uint64) *Frame {
+			f := testFrame(seq)
+			f.Personal = For(f.Wire[:100], 1)
+			return f
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			core, stream := audience(t, sessions, 1)
+			seq := uint64(0)
+			publish := func() {
+				seq++
+				stream.Publish(frame(seq))
+				await(t, core, seq*sessions)
+			}
+			for range 100 {
+				publish()
+			}
+			if n := testing.AllocsPerRun(100, publish); n > 20 {
+				t.Errorf("%v allocations for a frame to %d sessions", n, sessions)
+			}
+		})
 	}
 }
 

@@ -15,6 +15,7 @@ import (
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guild"
 	"guildhall.dev/guildhall/shardserver/protocol"
+	"guildhall.dev/guildhall/shardserver/snowflake"
 	"guildhall.dev/guildhall/shardserver/token"
 )
 
@@ -405,6 +406,58 @@ func TestIntentsFilter(t *testing.T) {
 			}
 			for _, kind := range test.sees {
 				c.dispatch(kind)
+			}
+		})
+	}
+}
+
+// TestMessageContent: whom a message is withheld from, live and when they resume.
+func TestMessageContent(t *testing.T) {
+	t.Parallel()
+	const allButContent = allEvents &^ protocol.IntentMessageContent
+	const plain, mention, own, secret = "among us", "@bot", "from the bot", "to the bot alone"
+	for name, test := range map[string]struct {
+		id      snowflake.ID
+		intents uint64
+		reads   []string
+	}{
+		"a bot with the intent reads everything":                     {bot(1), allEvents, []string{plain, mention, own, secret}},
+		"a bot without reads what is its own or meant for it":        {bot(1), allButContent, []string{"", mention, own, secret}},
+		"another bot without reads nothing":                          {bot(2), allButContent, []string{"", "", ""}},
+		"a user reads everything, whatever intents they name":        {user(1), allButContent, []string{plain, mention, own}},
+		"who did not ask for messages is sent what is for them":      {bot(1), protocol.IntentMessageContent, []string{secret}},
+		"messages without the intent for their content are messages": {bot(2), protocol.IntentGuildMessages, []string{"", "", ""}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			w := newWorld(t, setup{membersOnly: true})
+			w.join(test.id)
+			c := w.connect()
+			c.identify(test.id, test.intents)
+			if test.intents&protocol.IntentGuilds != 0 {
+				c.dispatch("GUILD_CREATE")
+			}
+			from := w.say("")
+			if test.intents&protocol.IntentGuildMessages != 0 {
+				c.hears("")
+			}
+			w.say(plain)
+			w.publish("MESSAGE_CREATE", fmt.Sprintf(`{"content":%q,"mentions":[{"id":"%s"}]}`, mention, bot(1)))
+			general := guildID + 1
+			if _, err := w.guild().SendMessage(t.Context(), general, guild.NewUser(bot(1), "bot", true), true, guild.NewMessage{Content: own}); err != nil {
+				t.Fatal(err)
+			}
+			last := w.publish("MESSAGE_CREATE", fmt.Sprintf(`{"content":%q}`, secret), bot(1))
+			for _, content := range test.reads {
+				c.hears(content)
+			}
+			c.cut()
+			for range 2 {
+				n := c.resume(test.id, from)
+				for _, content := range test.reads {
+					n.hears(content)
+				}
+				n.at(last, "RESUMED")
+				n.cut()
 			}
 		})
 	}

@@ -157,9 +157,14 @@ func (w *world) guild() *guild.Guild {
 
 func user(n int) snowflake.ID { return snowflake.ID(200000000000000000 + uint64(n)) }
 
+// bot is the id of a user whose token says that it is a bot.
+func bot(n int) snowflake.ID { return firstBot + snowflake.ID(n) }
+
+const firstBot snowflake.ID = 300000000000000000
+
 func (w *world) token(id snowflake.ID) string {
 	w.t.Helper()
-	issued, err := w.keys.Issue(token.Claims{User: id, Name: fmt.Sprint("user", id)})
+	issued, err := w.keys.Issue(token.Claims{User: id, Name: fmt.Sprint("user", id), Bot: id >= firstBot})
 	if err != nil {
 		w.t.Fatal(err)
 	}

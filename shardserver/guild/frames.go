@@ -46,10 +46,18 @@ func turnOf(r *guildlog.Record) turn {
 
 // frame makes the frame of a record, whose data becomes the frame's own bytes.
 func frame(r *guildlog.Record, t turn) *fanout.Frame {
-	f := &fanout.Frame{Seq: r.Seq, Tag: protocol.EventOf(r.Type)}
+	event := protocol.EventOf(r.Type)
+	f := &fanout.Frame{Seq: r.Seq, Tag: event}
 	f.Wire, r.Data = protocol.Dispatch(r.Type, r.Seq, r.Data)
-	if r.Users != nil {
+	switch {
+	case r.Users != nil: // is meant for them, as a direct message is: they may read it
 		f.Personal, f.Wire = fanout.For(f.Wire, owners(r.Users)...), nil
+	case event.Content:
+		if bare, readers := protocol.WithoutContent(r.Data); bare != nil {
+			wire, _ := protocol.Dispatch(r.Type, r.Seq, bare)
+			f.Variants = [][]byte{withoutContent: wire}
+			f.Personal = fanout.For(f.Wire, owners(readers)...)
+		}
 	}
 	if t.user != 0 && !t.joins { // is told of the guild's end instead
 		f.Personal = slices.DeleteFunc(f.Personal, func(p fanout.Personal) bool { return p.Owner == uint64(t.user) })
@@ -59,6 +67,10 @@ func frame(r *guildlog.Record, t turn) *fanout.Frame {
 	}
 	return f
 }
+
+// withoutContent is where a frame's variants have the body without what users write. A frame that has nothing of
+// theirs has no variants.
+const withoutContent = 0
 
 // volatileFrame makes the frame of an event that is not logged, behind the number that it carries.
 func volatileFrame(r guildlog.Record) *fanout.Frame {

@@ -42,8 +42,17 @@ func newHearer(t testing.TB, core *fanout.Core, user int) *hearer {
 	}, bufio.NewReader(peer)}
 }
 
-// next is the next dispatch, as "name number", with a mark when it is long.
-func (h *hearer) next() string {
+// dispatch is what a client is sent.
+type dispatch struct {
+	Type string          `json:"t"`
+	Seq  uint64          `json:"s"`
+	Data json.RawMessage `json:"d"`
+}
+
+func (d dispatch) String() string { return fmt.Sprint(d.Type, " ", d.Seq) }
+
+// next is the next dispatch.
+func (h *hearer) next() (d dispatch) {
 	h.t.Helper()
 	head := make([]byte, 10)
 	read := func(p []byte) {
@@ -64,21 +73,16 @@ func (h *hearer) next() string {
 	}
 	payload := make([]byte, size)
 	read(payload)
-	var m struct {
-		T string `json:"t"`
-		S uint64 `json:"s"`
-		D json.RawMessage
-	}
-	if err := json.Unmarshal(payload, &m); err != nil {
+	if err := json.Unmarshal(payload, &d); err != nil {
 		h.t.Fatal(err)
 	}
-	return fmt.Sprint(m.T, " ", m.S)
+	return d
 }
 
 func (h *hearer) hears(want ...string) {
 	h.t.Helper()
 	for _, w := range want {
-		if got := h.next(); got != w {
+		if got := h.next().String(); got != w {
 			h.t.Fatalf("heard %s, expected %s", got, w)
 		}
 	}
@@ -343,6 +347,9 @@ func TestFramesMadeAnewAreTheSame(t *testing.T) {
 	for _, r := range []guildlog.Record{
 		{Seq: 2, Type: "MESSAGE_CREATE", Data: []byte(`{"content":"x"}`)},
 		{Seq: 2, Type: "MESSAGE_CREATE", Data: []byte(`{"content":"x"}`), Users: []snowflake.ID{userID(9), userID(5), userID(9)}},
+		{Seq: 2, Type: "MESSAGE_UPDATE", Data: []byte(`{"content":"x","mentions":[{"id":"200000000000000009"},{"id":"200000000000000005"}],"author":{"id":"200000000000000007"}}`)},
+		{Seq: 2, Type: "MESSAGE_CREATE", Data: []byte(`{"content":"","author":{"id":"200000000000000007"}}`)},
+		{Seq: 2, Type: "AUTO_MODERATION_ACTION_EXECUTION", Data: []byte(`{"content":"x","matched_content":"x"}`)},
 		{Seq: 2, Type: "GUILD_MEMBER_REMOVE", Data: []byte(`{"user":{"id":"200000000000000005"}}`), Reserved: 1},
 		{Seq: 2, Type: "GUILD_MEMBER_REMOVE", Data: []byte(`{"user":{"id":"200000000000000005"}}`), Reserved: 1, Users: []snowflake.ID{userID(5), userID(9)}},
 	} {

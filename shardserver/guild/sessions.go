@@ -169,8 +169,8 @@ func (r *registry) counts() (sessions, online, direct int) {
 	return len(r.sessions), len(r.users), r.direct
 }
 
-// view is of sessions that see the same of the guild: the events that their intents ask for, or
-// nothing while their user is no member.
+// view is of sessions that see the same of the guild: the events that their intents ask for, with or
+// without what users write, or nothing while their user is no member.
 type view struct {
 	intents uint64
 	member  bool
@@ -180,6 +180,9 @@ func (v *view) Pick(f *fanout.Frame) []byte {
 	need := f.Tag.(*protocol.Event).Intents
 	if !v.member || need != 0 && need&v.intents == 0 {
 		return nil
+	}
+	if len(f.Variants) > 0 && v.intents&protocol.IntentMessageContent == 0 {
+		return f.Variants[withoutContent]
 	}
 	return f.Wire
 }
@@ -212,6 +215,17 @@ func (c *Client) owner() uint64 {
 		return 0
 	}
 	return uint64(c.User.ID)
+}
+
+// view is the client's, as a member or not. MESSAGE_CONTENT is asked of apps alone, those of bots: a user reads what
+// others write (https://docs.discord.com/developers/resources/message#message-object). Whether it is one the token says,
+// and the token comes with every resume, so it is the same view on every pod.
+func (c *Client) view(member bool) *view {
+	intents := c.Intents
+	if !c.User.Bot {
+		intents |= protocol.IntentMessageContent
+	}
+	return viewOf(intents, member)
 }
 
 // Snapshot is where a new session starts.
@@ -297,7 +311,7 @@ func (g *Guild) snapshot(user snowflake.ID) *Body {
 
 // follow attaches a session to the stream. g.mu is held for reading.
 func (g *Guild) follow(c Client, nonce uint64, start fanout.Start) error {
-	start.View, start.Owner = viewOf(c.Intents, g.seenBy(&c)), c.owner()
+	start.View, start.Owner = c.view(g.seenBy(&c)), c.owner()
 	if err := c.Session.Follow(g.stream, start); err != nil {
 		return err
 	}

@@ -458,6 +458,62 @@ func TestResumeOnAnother(t *testing.T) {
 	}
 }
 
+// TestContentOnARelay: an app without MESSAGE_CONTENT reads on a relay what it reads on the shard, live and when it
+// resumes on the other one.
+func TestContentOnARelay(t *testing.T) {
+	h := newHall(t, true)
+	r := h.relay("r")
+	app := func(core *fanout.Core, n int) *client {
+		c := newClient(t, core, n)
+		c.User.Bot = true
+		c.Intents &^= protocol.IntentMessageContent
+		return c
+	}
+	there, here := app(r.core, 1), app(h.core, 2)
+	there.identify(r.get())
+	base, _ := here.identify(h.guild)
+	h.caughtUp(r)
+	for i := range 40 {
+		author, mentioned := userID(i%3), userID(i%5)
+		h.publish("MESSAGE_CREATE", fmt.Sprintf(`{"content":"m%d","author":{"id":"%s"},"mentions":[{"id":"%s"}]}`, i, author, mentioned))
+	}
+	last := h.publish("MESSAGE_UPDATE", `{"id":"7","content":"now"}`)
+	for _, c := range []*client{there, here} {
+		c.has(fmt.Sprintf("MESSAGE_UPDATE %d ", last))
+		for i := range 40 {
+			reads := i%3 == int(c.User.ID-userID(0)) || i%5 == int(c.User.ID-userID(0))
+			got := slices.ContainsFunc(c.all(), func(s string) bool { return strings.Contains(s, fmt.Sprintf(`"content":"m%d"`, i)) })
+			if got != reads {
+				t.Errorf("user %d has read message %d: %v", c.User.ID, i, got)
+			}
+		}
+	}
+	elsewhere, back := app(h.core, 1), app(r.core, 2)
+	for c, to := range map[*client]struct {
+		guild *guild.Guild
+		was   *client
+	}{elsewhere: {h.guild, there}, back: {r.get(), here}} {
+		c.Random = to.was.Random
+		if err := to.guild.Resume(context.Background(), c.Client, guild.Resumption{Log: h.guild.LogID(), Base: base, Seq: base}, func(guild.Snapshot) {
+			t.Error("started afresh")
+		}); err != nil {
+			t.Fatal(err)
+		}
+		c.has("RESUMED")
+		behind := func(heard []string) []string {
+			return slices.DeleteFunc(heard, func(s string) bool {
+				var op, seq uint64
+				var name string
+				fmt.Sscan(s, &op, &name, &seq)
+				return seq <= base || name == "RESUMED"
+			})
+		}
+		if got, want := behind(c.all()), behind(to.was.all()); !slices.Equal(got, want) {
+			t.Errorf("user %d:\n%s\nwas sent\n%s", c.User.ID, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+}
+
 // TestAFollowerThatFallsBehind reads the log until it has caught up, and misses nothing.
 func TestAFollowerThatFallsBehind(t *testing.T) {
 	h := newHall(t, true)

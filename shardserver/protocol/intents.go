@@ -35,6 +35,8 @@ type Event struct {
 	Volatile bool
 	// Reserved events are made by the server alone.
 	Reserved bool
+	// Content events have what users write in their body: see WithoutContent.
+	Content bool
 }
 
 // EventOf returns what is known of the event named t. Unknown events go to every session.
@@ -85,5 +87,8 @@ var events = func() map[string]*Event {
 		"AUTO_MODERATION_RULE_UPDATE", "AUTO_MODERATION_RULE_DELETE")
 	add(IntentAutoModerationExecute, "AUTO_MODERATION_ACTION_EXECUTION")
 	add(IntentGuildMessagePolls, "MESSAGE_POLL_VOTE_ADD", "MESSAGE_POLL_VOTE_REMOVE")
+	for _, n := range []string{"MESSAGE_CREATE", "MESSAGE_UPDATE", "AUTO_MODERATION_ACTION_EXECUTION"} {
+		m[n].Content = true
+	}
 	return m
 }()
