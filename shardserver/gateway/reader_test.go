@@ -33,6 +33,15 @@ func frame(first byte, payload string) []byte {
 	return append(append(b, 0, 0, 0, 0), payload...)
 }
 
+// masked is a client's frame of a short payload, masked with a key.
+func masked(first byte, payload, key string) []byte {
+	b := append([]byte{first, 0x80 | byte(len(payload))}, key...)
+	for i := range len(payload) {
+		b = append(b, payload[i]^key[i%4])
+	}
+	return b
+}
+
 func (c *client) write(parts ...[]byte) {
 	c.t.Helper()
 	if _, err := c.ws.NetConn().Write(bytes.Join(parts, nil)); err != nil {
@@ -51,6 +60,9 @@ func TestFramesInAnyPieces(t *testing.T) {
 		pongs, beats int
 	}{
 		"one message":                      {frame(final|text, heartbeat), 0, 1},
+		"masked":                           {masked(final|text, heartbeat, "abcd"), 0, 1},
+		"with spaces":                      {frame(final|text, `{ "op": 1, "d": 5 }`), 0, 1},
+		"with another order":               {frame(final|text, `{"d":5,"op":1}`), 0, 1},
 		"several at once":                  {bytes.Repeat(frame(final|text, heartbeat), 20), 0, 20},
 		"in fragments":                     {bytes.Join([][]byte{frame(text, heartbeat[:5]), frame(continuation, heartbeat[5:9]), frame(final|continuation, heartbeat[9:])}, nil), 0, 1},
 		"a ping between fragments":         {bytes.Join([][]byte{frame(text, heartbeat[:5]), frame(final|ping, "x"), frame(final|continuation, heartbeat[5:])}, nil), 1, 1},
