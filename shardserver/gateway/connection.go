@@ -90,7 +90,7 @@ func (c *connection) serve(local *guild.Guild, first []byte) {
 		c.close(protocol.CloseInvalidVersion, "v: expected 10 or 9")
 	}
 	if !c.watch() {
-		go c.read(g.lend(c, true))
+		go c.read(true)
 	}
 }
 
@@ -112,44 +112,23 @@ func (c *connection) watch() bool {
 	if gone {
 		watched.Remove()
 	} else if len(c.early) > 0 {
-		c.readMore(c.gateway.lend(c, false))
+		c.readMore()
 	}
 	return true
 }
 
-// readable is called by the poller when there is something to read, and must not wait. It is nearly always a
-// heartbeat, which is answered without waking anybody; what may have to wait, a goroutine goes on with.
+// readable is called when there is something to read.
 func (c *connection) readable() {
-	g := c.gateway
-	if !c.reading.TryLock() { // who begins to watch is about to let go of it
-		g.o.Poller.Go(func() {
-			c.reading.Lock()
-			defer c.reading.Unlock()
-			c.readMore(g.lend(c, false))
-		})
-		return
-	}
-	r := g.lend(c, false)
-	if !c.deaf && r.heartbeats() {
-		g.takeBack(r)
-		c.arm()
-		c.reading.Unlock()
-		return
-	}
-	g.o.Poller.Go(func() {
-		defer c.reading.Unlock()
-		c.readMore(r)
-	})
+	c.reading.Lock()
+	defer c.reading.Unlock()
+	c.readMore()
 }
 
 // readMore reads what there is, and has the poller tell when there is more.
-func (c *connection) readMore(r *reader) {
-	if c.read(r) {
-		c.arm()
+func (c *connection) readMore() {
+	if !c.read(false) {
+		return
 	}
-}
-
-func (c *connection) arm() {
 	if err := c.watched.Arm(); err != nil {
 		c.session.Load().End(err)
 	}

@@ -294,7 +294,7 @@ func (g *Gateway) quitting() bool {
 
 // sweep closes the connections of clients that have not been heard of in time, until the Gateway quits.
 func (g *Gateway) sweep() {
-	period := max(min(g.times.identify, g.times.grace)/4, time.Millisecond)
+	period := max(min(g.times.identify, g.times.grace)/8, time.Millisecond)
 	tick := time.NewTicker(period)
 	defer tick.Stop()
 	last := time.Now().UnixMilli()

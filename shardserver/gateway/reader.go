@@ -20,9 +20,6 @@ import (
 // a reader and a goroutine. A client beyond it is closed, and may resume.
 const maxHalfSent = 1024
 
-// maxHeartbeat is the longest message that is taken for a heartbeat before it is read, with its header.
-const maxHeartbeat = 64
-
 // reader is gorilla's side of a WebSocket connection, without a socket of its own. Between two
 // messages gorilla's connection has no state, so a reader is lent to a connection while messages
 // are there, and then serves another one.
@@ -115,11 +112,12 @@ func (r *reader) pending() error {
 	return err
 }
 
-// read reads and handles what the client has sent, first with a reader that it has been lent. If that waits, it goes on
-// until the connection ends; otherwise, more tells whether there will be more to read later.
-func (c *connection) read(r *reader) (more bool) {
-	g, wait := c.gateway, r.wait
+// read reads and handles what the client has sent. With wait, it goes on until the connection ends;
+// otherwise, more tells whether there will be more to read later.
+func (c *connection) read(wait bool) (more bool) {
+	g := c.gateway
 	for !c.deaf {
+		r := g.lend(c, wait)
 		err := r.serve()
 		if r.broken {
 			early, _ := r.in.Peek(r.in.Buffered())
@@ -129,42 +127,8 @@ func (c *connection) read(r *reader) (more bool) {
 		if err != nil {
 			return errors.Is(err, poll.ErrNothing)
 		}
-		r = g.lend(c, wait)
 	}
-	g.takeBack(r)
 	return c.sink(wait)
-}
-
-// heartbeats handles the heartbeats that have come, as long as nothing has to be waited for. It says whether that was all.
-func (r *reader) heartbeats() bool {
-	for {
-		err := r.pending()
-		if err != nil && !errors.Is(err, poll.ErrNothing) {
-			r.read = false // so that serve finds it, too
-		}
-		if err != nil || !r.heartbeat() {
-			return errors.Is(err, poll.ErrNothing)
-		}
-		if err := r.handle(); err != nil || r.broken || r.conn.deaf {
-			return false
-		}
-	}
-}
-
-// heartbeat says whether all of a heartbeat is there, as one short message that libraries write alike.
-func (r *reader) heartbeat() bool {
-	const begin = `{"op":1,`
-	b, _ := r.in.Peek(min(r.in.Buffered(), maxHeartbeat))
-	// RFC 6455, section 5.2: final and text; masked, with a length below 126; the mask.
-	if len(b) < 6+len(begin) || b[0] != 0x81 || b[1] < 0x80 || 6+int(b[1]&0x7f) > len(b) {
-		return false
-	}
-	for i := range len(begin) {
-		if b[6+i]^b[2+i%4] != begin[i] {
-			return false
-		}
-	}
-	return true
 }
 
 // serve handles messages while the reader is good for it. An error says that nothing more can be read
@@ -178,21 +142,15 @@ func (r *reader) serve() error {
 			}
 			return err
 		}
-		if err := r.handle(); err != nil {
+		payload, err := r.next()
+		if err == nil && !c.closing.Load() {
+			err = c.handle(payload)
+		}
+		if err = c.failed(err); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-// handle reads and handles the next message. An error says that the socket is gone.
-func (r *reader) handle() error {
-	c := r.conn
-	payload, err := r.next()
-	if err == nil && !c.closing.Load() {
-		err = c.handle(payload)
-	}
-	return c.failed(err)
 }
 
 // failed acts on an error in reading or handling a message. It returns the error when the socket is gone.

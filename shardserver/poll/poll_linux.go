@@ -16,23 +16,23 @@ import (
 // Invariants:
 //   - a socket stays the connection's own: its descriptor is watched, not duplicated, and closing
 //     the connection ends the watch;
-//   - a Handle's function is called once for Add and once for each Arm, by the one goroutine that waits for
-//     sockets, so it must not wait: what has to goes on with Go;
+//   - a Handle's function is called once for Add and once for each Arm, in a goroutine that nothing else
+//     waits for;
 //   - an event of a descriptor that was closed and given to another connection meanwhile is not taken
 //     for that one's: events carry the Handle's number, which is never used twice.
 type Poller struct {
 	file  *os.File // the epoll descriptor, itself polled by Go's runtime
 	raw   syscall.RawConn
 	done  chan struct{}
-	turns chan func()  // to a goroutine that has run others
+	turns chan *Handle // to a goroutine that has served others
 	spare atomic.Int32 // of those
 	mutex sync.Mutex
 	next  uint64
 	byID  map[uint64]*Handle
 }
 
-// maxSpare bounds the goroutines that wait for another function: their stacks have grown to what those take, which
-// costs more than to start a goroutine.
+// maxSpare bounds the goroutines that wait for another Handle: their stacks have grown to what the functions
+// take, which costs more than to start a goroutine.
 const maxSpare = 16
 
 // Handle is a watched connection.
@@ -52,7 +52,7 @@ func New() (*Poller, error) {
 	if err := syscall.SetNonblock(fd, true); err != nil {
 		return nil, fmt.Errorf("poll: %w", err)
 	}
-	p := &Poller{file: os.NewFile(uintptr(fd), "epoll"), done: make(chan struct{}), turns: make(chan func()), byID: map[uint64]*Handle{}}
+	p := &Poller{file: os.NewFile(uintptr(fd), "epoll"), done: make(chan struct{}), turns: make(chan *Handle), byID: map[uint64]*Handle{}}
 	if p.raw, err = p.file.SyscallConn(); err != nil {
 		return nil, fmt.Errorf("poll: %w", err)
 	}
@@ -68,7 +68,7 @@ func (p *Poller) Close() error {
 }
 
 // Add watches a connection; ready is called when there is something to read, or the peer has
-// closed, once, and again after each Arm. It may be called before Add returns, and must not wait. Add fails with ErrUnsupported for a connection that is not a socket.
+// closed, once, and again after each Arm. It may be called before Add returns. Add fails with ErrUnsupported for a connection that is not a socket.
 func (p *Poller) Add(conn net.Conn, ready func()) (*Handle, error) {
 	sc, ok := conn.(syscall.Conn)
 	if !ok {
@@ -134,32 +134,28 @@ func (p *Poller) run() {
 			p.mutex.Lock()
 			h := p.byID[uint64(uint32(e.Fd))|uint64(uint32(e.Pad))<<32]
 			p.mutex.Unlock()
-			if h != nil {
-				h.ready()
+			if h == nil {
+				continue
+			}
+			select {
+			case p.turns <- h:
+			default:
+				go p.serve(h)
 			}
 		}
 	}
 }
 
-// Go runs a function in a goroutine, one that has run others if there is one to spare.
-func (p *Poller) Go(f func()) {
-	select {
-	case p.turns <- f:
-	default:
-		go p.serve(f)
-	}
-}
-
-// serve runs a function and those that follow.
-func (p *Poller) serve(f func()) {
+// serve calls the functions of a Handle and of those that follow.
+func (p *Poller) serve(h *Handle) {
 	for {
-		f()
+		h.ready()
 		if p.spare.Add(1) > maxSpare {
 			p.spare.Add(-1)
 			return
 		}
 		select {
-		case f = <-p.turns:
+		case h = <-p.turns:
 			p.spare.Add(-1)
 		case <-p.done:
 			return

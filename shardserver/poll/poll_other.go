@@ -16,9 +16,6 @@ func New() (*Poller, error) { return nil, ErrUnsupported }
 // Close does nothing.
 func (*Poller) Close() error { return nil }
 
-// Go runs a function in a goroutine.
-func (*Poller) Go(f func()) { go f() }
-
 // Add fails with ErrUnsupported.
 func (*Poller) Add(net.Conn, func()) (*Handle, error) { return nil, ErrUnsupported }
 
