@@ -15,8 +15,6 @@ const (
 	maxUnseen = 8 * maxWindow
 	// maxViews bounds the views that a follower asks whether a frame is seen at all.
 	maxViews = 16
-	// ahead is how many sessions are fetched from memory together.
-	ahead = 8
 )
 
 // follower is a stream's sessions on one worker.
@@ -292,12 +290,9 @@ func (w *worker) serve(f *follower) {
 	if f.next == 0 && !f.beginRound(w.scratch.frames[:]) {
 		f.next = len(f.sessions)
 	}
-	for n := range quantum {
+	for range quantum {
 		if f.next >= len(f.sessions) {
 			break
-		}
-		if n%ahead == 0 {
-			fetch(f.sessions[f.next:])
 		}
 		s := f.sessions[f.next]
 		f.next++
@@ -311,15 +306,6 @@ func (w *worker) serve(f *follower) {
 	}
 	if f.queued {
 		w.rounds = append(w.rounds, f)
-	}
-}
-
-// fetch has what the next deliveries need of their sessions come from memory at the same time: one after another
-// that takes a good part of a short write.
-func fetch(sessions []*Session) {
-	for _, s := range sessions[:min(ahead, len(sessions))] {
-		s.finished.Load()
-		s.seq.Load()
 	}
 }
 
