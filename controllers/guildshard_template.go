@@ -178,12 +178,36 @@ func serverContainer(shard *v1.GuildShard, t *v1.PodTemplate, image string, args
 	wished, err := convert[accorev1.ContainerApplyConfiguration](struct {
 		Resources *corev1.ResourceRequirements `json:"resources,omitempty"`
 		Env       []corev1.EnvVar              `json:"env,omitempty"`
-	}{&t.Resources, serverEnv(t)})
+	}{resourcesOf(t), serverEnv(t)})
 	if err != nil {
 		return nil, fmt.Errorf("converting the template of the spec: %w", err)
 	}
 	c.Resources, c.Env = wished.Resources, wished.Env
 	return c.WithArgs(args...), nil
+}
+
+// defaultRequests are what a server needs that has little to do. One that asks for nothing gets next to no CPU while its
+// node is busy, and is the first that a node without memory evicts.
+var defaultRequests = corev1.ResourceList{
+	corev1.ResourceCPU:    resource.MustParse("100m"),
+	corev1.ResourceMemory: resource.MustParse("128Mi"),
+}
+
+// resourcesOf are the user's, and the default requests for what they say nothing of.
+func resourcesOf(t *v1.PodTemplate) *corev1.ResourceRequirements {
+	wished := t.Resources.DeepCopy()
+	for name, amount := range defaultRequests {
+		_, requested := wished.Requests[name]
+		_, limited := wished.Limits[name] // then that is the request, too
+		if requested || limited {
+			continue
+		}
+		if wished.Requests == nil {
+			wished.Requests = corev1.ResourceList{}
+		}
+		wished.Requests[name] = amount
+	}
+	return wished
 }
 
 // serverEnv is the user's environment, and the Go runtime's memory limit unless the user sets it.

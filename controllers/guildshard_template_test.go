@@ -5,7 +5,9 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	v1 "guildhall.dev/guildhall/api/v1"
@@ -85,6 +87,46 @@ func TestPodTemplateKeepsItsOwnLabels(t *testing.T) {
 	}
 	if diff := cmp.Diff(want, templateOf(t, shard).Labels); diff != "" {
 		t.Errorf("labels (-want +got):\n%s", diff)
+	}
+}
+
+func TestServersRequestWhatNobodyHasSaid(t *testing.T) {
+	list := func(cpu, memory string) corev1.ResourceList {
+		l := corev1.ResourceList{}
+		for name, amount := range map[corev1.ResourceName]string{corev1.ResourceCPU: cpu, corev1.ResourceMemory: memory} {
+			if amount != "" {
+				l[name] = resource.MustParse(amount)
+			}
+		}
+		return l
+	}
+	for name, tc := range map[string]struct {
+		limits, requests, want corev1.ResourceList
+	}{
+		"nothing is said":   {nil, nil, list("100m", "128Mi")},
+		"a limit of memory": {list("", "1Gi"), nil, list("100m", "")},
+		"requested CPU":     {nil, list("2", ""), list("2", "128Mi")},
+		"no CPU is wanted":  {nil, list("0", "64Mi"), list("0", "64Mi")},
+		"limits alone":      {list("2", "1Gi"), nil, nil},
+	} {
+		t.Run(name, func(t *testing.T) {
+			template := &v1.PodTemplate{Resources: corev1.ResourceRequirements{Limits: tc.limits, Requests: tc.requests}}
+			shard := makeShard("ns", "a").Obj()
+			shard.Spec.Template, shard.Spec.RelayTemplate = template, template
+			pod, err := relayWish{guild: makeGuild("ns", "lobby").Obj(), id: "1", shard: shard}.pod("relay", "revision")
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := corev1.ResourceRequirements{Limits: tc.limits, Requests: tc.want}
+			for what, got := range map[string]corev1.ResourceRequirements{
+				"shard": templateOf(t, shard).Spec.Containers[0].Resources,
+				"relay": pod.Spec.Containers[0].Resources,
+			} {
+				if diff := cmp.Diff(want, got, cmpopts.EquateEmpty()); diff != "" {
+					t.Errorf("%s (-want +got):\n%s", what, diff)
+				}
+			}
+		})
 	}
 }
 

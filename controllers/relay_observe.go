@@ -93,6 +93,7 @@ func observe(f *relayFacts, s *relayState) relayplan.Observation {
 	if f.serving {
 		obs.Shard.ReportedAt = f.reports.seen
 		obs.Shard.Sessions = int(directOf(f.entry, f.relays))
+		obs.Shard.Arrivals = arrivalsOf(f.entry, f.relays, f.reports.load)
 		obs.Shard.Deliveries = float64(deliveriesOf(f.entry, f.relays, f.reports.load))
 		obs.Shard.Room = max(0, int(f.shard.Spec.Capacity.Sessions)-int(f.reports.load.Sessions))
 		obs.Shard.Order = s.progress("", f.entry.Round, f.entry.Asked, obs.Shard.Sessions, earlier)

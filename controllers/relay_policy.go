@@ -88,10 +88,24 @@ func deliveriesOf(g report.Guild, relays []report.Relay, load report.Load) int64
 	for _, r := range relays {
 		sum += r.DeliveriesPerSecond
 	}
-	if direct := directOf(g, relays); direct > 0 && load.Sessions > 0 {
-		sum += int64(float64(load.DeliveriesPerSecond) * min(1, float64(direct)/float64(load.Sessions)))
+	return sum + int64(float64(load.DeliveriesPerSecond)*directShare(g, relays, load))
+}
+
+// arrivalsOf is how many of the clients that come to the shard in a second stay there for a guild. Who comes for one that is
+// relayed goes on, and counts where it arrives.
+func arrivalsOf(g report.Guild, relays []report.Relay, load report.Load) float64 {
+	if g.Relayed {
+		return 0
 	}
-	return sum
+	return float64(load.ArrivalsPerSecond) * directShare(g, relays, load)
+}
+
+// directShare is the part that a guild has of the sessions on its shard.
+func directShare(g report.Guild, relays []report.Relay, load report.Load) float64 {
+	if load.Sessions <= 0 {
+		return 0
+	}
+	return min(1, float64(directOf(g, relays))/float64(load.Sessions))
 }
 
 // directOf is the number of a guild's sessions on the shard itself. A shard that knows nothing of relays has all.

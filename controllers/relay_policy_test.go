@@ -141,4 +141,11 @@ func TestSessionsOfAShardThatKnowsNoRelays(t *testing.T) {
 	if got := deliveriesOf(now, relays, report.Load{Sessions: 20, DeliveriesPerSecond: 100}); got != 350 {
 		t.Errorf("%d deliveries per second, expected 350", got)
 	}
+	load := report.Load{Sessions: 20, ArrivalsPerSecond: 100}
+	if got := arrivalsOf(now, relays, load); got != 50 {
+		t.Errorf("%v arrivals per second, expected 50", got)
+	}
+	if now.Relayed = true; arrivalsOf(now, relays, load) != 0 {
+		t.Errorf("%v arrivals per second of a relayed guild at its shard", arrivalsOf(now, relays, load))
+	}
 }

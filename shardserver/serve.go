@@ -597,6 +597,7 @@ func (s *server) metrics() prometheus.Gatherer {
 	gauge("sessions_lagging", "Sessions whose socket takes no more at present.", func() float64 { return float64(s.core.Stats().Parked) })
 	gauge("sessions_catching_up", "Sessions that are brought up to date from their guild's history.", func() float64 { return float64(s.core.Stats().CatchingUp) })
 	gauge("messages_half_sent", "Messages of clients of which the rest is waited for.", func() float64 { return float64(s.gateway.HalfSent()) })
+	counter("arrivals_total", "Client connections that have come.", func() float64 { return float64(s.gateway.Arrivals()) })
 	counter("events_total", "Events appended to the logs.", func() float64 { return float64(s.events()) })
 	counter("deliveries_total", "Events written to sessions.", func() float64 { return float64(s.core.Stats().Deliveries) })
 	counter("writes_total", "Write calls on sockets of sessions.", func() float64 { return float64(s.core.Stats().Writes) })

@@ -145,7 +145,8 @@ type PodTemplate struct {
 	// +optional
 	Metadata PodMetadata `json:"metadata,omitempty,omitzero"`
 
-	// resources of the shard server's container.
+	// resources of the shard server's container. Without a request or limit of its own the container requests 100m of CPU and
+	// 128Mi of memory.
 	// +optional
 	Resources corev1.ResourceRequirements `json:"resources,omitempty,omitzero"`
 

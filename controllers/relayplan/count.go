@@ -189,6 +189,14 @@ func (p peaks) add(now time.Time, value float64, span time.Duration) peaks {
 	return append(next, peak{now, value})
 }
 
+// since are those that were seen at a time or later. The first one is the largest value since then.
+func (p peaks) since(at time.Time) peaks {
+	for len(p) > 0 && p[0].at.Before(at) {
+		p = p[1:]
+	}
+	return p
+}
+
 // top is the largest value.
 func (p peaks) top() float64 {
 	if len(p) == 0 {

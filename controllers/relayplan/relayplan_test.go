@@ -336,6 +336,7 @@ func TestRounds(t *testing.T) {
 		"nobody leaves in mode Disabled":                         {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2).With(func(o *Observation) { o.Policy.Rebalance = RebalanceDisabled })},
 		"nobody leaves without approval":                         {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2).With(func(o *Observation) { o.Policy.Rebalance = RebalanceApprove }), want: "AwaitingApproval"},
 		"nobody leaves while many are gone who were there":       {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2), memory: func(m *Memory) { m.loads[0].value = 15000 }, want: "Reconnecting"},
+		"who has been gone for long is not waited for":           {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2), memory: func(m *Memory) { m.loads = slices.Insert(m.loads, 0, peak{noon.Add(-31 * second), 15000}) }, want: "b 4095"},
 		"nobody leaves while the last ones are on their way":     {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2), memory: func(m *Memory) { m.quietUntil = noon.Add(second) }, want: "Settling"},
 		"nobody leaves when the namespace has no moves to spare": {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute)).Manual(2).With(func(o *Observation) { o.Budget = 0 }), want: "BudgetSpent"},
 		"nobody leaves while an earlier operator's orders last": {guild: guild(0, relay("a", 0), relay("b", 9000).Closed(minute).
@@ -679,5 +680,13 @@ func TestPeaks(t *testing.T) {
 	}
 	if diff := cmp.Diff([]float64{5, 5, 5, 4, 4, 1, 9}, got); diff != "" {
 		t.Errorf("the largest of the last 2 s (-want +got):\n%s", diff)
+	}
+	p = peaks{{noon, 5}, {noon.Add(time.Second), 4}}
+	got = got[:0]
+	for i := range 3 {
+		got = append(got, p.since(noon.Add(time.Duration(i)*time.Second)).top())
+	}
+	if diff := cmp.Diff([]float64{5, 4, 0}, got); diff != "" {
+		t.Errorf("the largest since a time (-want +got):\n%s", diff)
 	}
 }

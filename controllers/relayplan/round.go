@@ -40,7 +40,7 @@ const (
 const (
 	// settleTime is how long moved sessions take to be back and reported.
 	settleTime = 10 * time.Second
-	// evenOutTime is how long arrivals and departures are given to even out a spread.
+	// evenOutTime is how long arrivals and departures are given to even out a spread, and those who are gone to come back.
 	evenOutTime = 30 * time.Second
 	// roundTime is how long a round is planned to last at most; then the reports are asked again.
 	roundTime = time.Minute
@@ -310,7 +310,7 @@ func (p *plan) rebalance() []Order {
 	if len(orders) == 0 {
 		return nil
 	}
-	if sessions < 0.9*p.mem.loads.top() {
+	if sessions < 0.9*p.mem.loads.since(p.Now.Add(-evenOutTime)).top() {
 		p.Blocked = Reconnecting
 		return nil
 	}

@@ -7,6 +7,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -71,6 +73,16 @@ func createCgroup(dir string) error {
 			return err
 		}
 		if err := os.WriteFile(filepath.Join(dir, file), value, 0); err != nil {
+			return err
+		}
+	}
+	// Beside the machine's other processes pods count for as many processors as the node offers them, as they do on any node.
+	for file, each := range map[string]int{"cpu.shares": 1024, "cpu.weight": 100} { // of version 1, of version 2
+		path := filepath.Join(dir, file)
+		if _, err := os.Stat(path); err != nil {
+			continue
+		}
+		if err := os.WriteFile(path, []byte(strconv.Itoa(each*runtime.NumCPU())), 0); err != nil {
 			return err
 		}
 	}

@@ -16,6 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/client-go/kubernetes"
+	"k8s.io/client-go/tools/clientcmd"
+
 	"guildhall.dev/guildhall/hack/local"
 	"guildhall.dev/guildhall/shardserver/snowflake"
 	"guildhall.dev/guildhall/shardserver/token"
@@ -67,6 +70,21 @@ func kubectl(t *testing.T, args ...string) string {
 		t.Fatalf("kubectl %s: %v", strings.Join(args, " "), err)
 	}
 	return out
+}
+
+// api is a client of the cluster.
+func api(t *testing.T) *kubernetes.Clientset {
+	t.Helper()
+	config, err := clientcmd.BuildConfigFromFlags("", cluster.Kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	config.QPS = -1
+	client, err := kubernetes.NewForConfig(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client
 }
 
 // apply applies a manifest.

@@ -1,9 +1,14 @@
 package e2e
 
 import (
+	"context"
 	"encoding/json"
 	"flag"
 	"fmt"
+	"path"
+	"slices"
+	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -31,12 +36,18 @@ type relayStatus struct {
 	Conditions []struct{ Type, Status, Reason, Message string }
 }
 
-func (r relayed) status() (s relayStatus) {
+// status does without kubectl: asked every 200 ms, that would take a good part of the machine.
+func (r relayed) status() relayStatus {
 	r.t.Helper()
-	if err := json.Unmarshal([]byte(kubectl(r.t, "-n", r.namespace, "get", "guild", "lobby", "-o", "jsonpath={.status}")), &s); err != nil {
+	raw, err := api(r.t).RESTClient().Get().AbsPath("/apis/guildhall.dev/v1/namespaces", r.namespace, "guilds/lobby").DoRaw(context.Background())
+	var guild struct{ Status relayStatus }
+	if err == nil {
+		err = json.Unmarshal(raw, &guild)
+	}
+	if err != nil {
 		r.t.Fatal(err)
 	}
-	return s
+	return guild.Status
 }
 
 // patch changes the guild's spec.
@@ -71,15 +82,38 @@ func (r relayed) atLeast(n int) {
 func (r relayed) balanced() {
 	r.t.Helper()
 	began := time.Now()
-	eventually(r.t, "an even spread", func() bool {
-		for _, c := range r.status().Conditions {
-			if c.Type == "Balanced" {
-				return c.Status == "True"
-			}
-		}
-		return false
-	})
+	eventually(r.t, "an even spread", r.isBalanced)
 	r.t.Logf("balanced after %v", time.Since(began).Round(time.Second))
+}
+
+func (r relayed) isBalanced() bool {
+	for _, c := range r.status().Conditions {
+		if c.Type == "Balanced" {
+			return c.Status == "True"
+		}
+	}
+	return false
+}
+
+// direct has clients go to the guild's own Service, which leads to its relays and, while there are none, to its shard:
+// they do not come by way of a pod that copies what they are sent. It returns the guild's address there.
+func (r relayed) direct(url string) string {
+	r.t.Helper()
+	id, address := path.Base(url), ""
+	r.scale(1) // the Service is there from the first relay on
+	eventually(r.t, "the guild's Service", func() bool {
+		address = kubectl(r.t, "-n", r.namespace, "get", "service", "relay-"+id, "--ignore-not-found", "-o", "jsonpath={.spec.clusterIP}")
+		return address != ""
+	})
+	base := "ws://" + address
+	r.patch(fmt.Sprintf(`{"gateway":{"publicURL":%q}}`, base))
+	r.scale(0)
+	r.is(0)
+	url, err := cluster.GuildURL(context.Background(), r.namespace, "lobby", base)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return url
 }
 
 // scale has the guild have so many relays.
@@ -137,7 +171,7 @@ func (l *load) pace(moved func()) {
 		float64(to.n-from.n)/to.at.Sub(from.at).Seconds())
 }
 
-// acks logs how long publishing takes meanwhile.
+// acks logs how long publishing takes meanwhile, and until a session has received what was published.
 func acks(t *testing.T, namespace, url, when string, meanwhile func()) {
 	t.Helper()
 	probe := startLoad(t, namespace, url, func(o *generator.Options) {
@@ -146,7 +180,7 @@ func acks(t *testing.T, namespace, url, when string, meanwhile func()) {
 	})
 	meanwhile()
 	r := probe.end()
-	t.Logf("%s: %d events acknowledged, p50 %v ms, p99 %v ms", when, r.Events, r.AckP50, r.AckP99)
+	t.Logf("%s: %d events acknowledged, p50 %v ms, p99 %v ms; received p50 %v ms, p99 %v ms", when, r.Events, r.AckP50, r.AckP99, r.P50, r.P99)
 	probe.Close()
 }
 
@@ -210,33 +244,74 @@ func TestRelays(t *testing.T) {
 	run.endResumed()
 }
 
-// TestCrowd has a guild grow until the operator spreads it over relays, replaces these while it is in use, and lets the
-// guild shrink to where it began. The few who are there from the beginning to the end miss nothing, nor do the many.
+// burst has four times as much published for ten seconds, and logs how long that takes, and all sessions to receive it. What
+// publishes is a process of its own, which does not have to wait for its turn among the clients of this one.
+func (l *load) burst(namespace, url string) {
+	l.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), *patience)
+	defer cancel()
+	if err := cluster.Command(ctx, "go", "build", "-o", "build/load", "./hack/load").Run(); err != nil {
+		l.t.Fatal(err)
+	}
+	began, before := time.Now(), l.Acknowledged()
+	line, err := cluster.Command(ctx, "build/load", "run", "--url", url, "--keys-secret", namespace+"/guildhall-keys", "--durable",
+		"--user-base", "903000000000000000", "--sessions", "1", "--connect-timeout", patience.String(), "--publishers", strconv.Itoa(*publishers),
+		"--rate", fmt.Sprint(3**crowdRate), "--events", fmt.Sprint(int(30**crowdRate))).Text()
+	if err != nil {
+		l.t.Fatalf("publishing a burst: %v\n%s", err, line)
+	}
+	var burst generator.Report
+	if err := json.Unmarshal([]byte(line), &burst); err != nil {
+		l.t.Fatal(err)
+	}
+	events, last, published := l.Acknowledged()-before+burst.Events, l.Last(), time.Since(began)
+	eventually(l.t, "all sessions to be up to date after a burst", func() bool { return l.Behind(last) == 0 })
+	took := time.Since(began)
+	l.t.Logf("a burst of %d events, published within %v (p50 %v ms, p99 %v ms), has reached all of %d sessions after %v: %.0f deliveries per second",
+		events, published.Round(100*time.Millisecond), burst.AckP50, burst.AckP99, l.Live(), took.Round(100*time.Millisecond), float64(events*l.Live())/took.Seconds())
+}
+
+// TestCrowd has a guild grow until the operator spreads it over relays, kills one and rolls another image out while it is
+// in use, and lets the guild shrink to where it began. The few who are there from the beginning to the end miss nothing,
+// nor do the many.
 func TestCrowd(t *testing.T) {
+	const next = "guildhall.dev/guildhall:next"
+	if err := cluster.Load(t.Context(), next); err != nil {
+		t.Fatal(err)
+	}
+	widenQueue(t)
 	namespace := makeNamespace(t)
 	apply(t, namespace, "{apiVersion: guildhall.dev/v1, kind: GuildShard, metadata: {name: shard-b}}") // half of the front door
-	url := durableGuild(t, namespace)
+	frontDoor := durableGuild(t, namespace)
+	few := startLoad(t, namespace, frontDoor, func(o *generator.Options) { o.Sessions, o.Rate, o.Durable = 10, 1, true })
 	r := relayed{t, namespace}
-	r.patch(fmt.Sprintf(`{"relays":{"sessionsPerRelay":%d,"maxReplicas":8,"stabilizationSeconds":{"down":10}}}`, *perRelay))
-	few := startLoad(t, namespace, url, func(o *generator.Options) { o.Sessions, o.Rate, o.Durable = 10, 1, true })
+	url := r.direct(frontDoor)
+	least := (*crowd + *perRelay - 1) / *perRelay
+	r.patch(fmt.Sprintf(`{"relays":{"mode":"Auto","sessionsPerRelay":%d,"maxReplicas":%d,"stabilizationSeconds":{"down":10}},"rebalance":{"minSkewSessions":10}}`,
+		*perRelay, least+2))
+	o := observe(t, namespace)
 	many := startLoad(t, namespace, url, func(o *generator.Options) {
 		o.UserBase += 1_000_000
-		o.Sessions, o.Rate, o.Durable, o.ConnectTimeout = *crowd, *crowdRate, true, 10*time.Minute
+		o.Sessions, o.Publishers, o.Rate, o.Durable, o.ConnectTimeout = *crowd, *publishers, *crowdRate, true, 10*time.Minute
 		o.ConnectRate = max(50, float64(*crowd)/30)
 	})
-	r.atLeast((*crowd + *perRelay - 1) / *perRelay)
-	r.balanced()
-	few.Disturb()
-	many.Disturb()
+	r.atLeast(least)
+	o.balanced(r)
+	many.burst(namespace, url)
 	r.killRelay()
-	r.atLeast((*crowd + *perRelay - 1) / *perRelay)
-	kubectl(t, "-n", namespace, "patch", "guildshard", "shard-a", "--type=merge", "-p", `{"spec":{"relayTemplate":{"env":[{"name":"ROUND","value":"2"}]}}}`)
+	r.atLeast(least)
+	kubectl(t, "-n", namespace, "patch", "guildshard", "shard-a", "--type=merge", "-p", `{"spec":{"image":"`+next+`"}}`)
 	eventually(t, "the roll-out to begin", func() bool { s := r.status(); return s.Relays.Updated < s.Relays.Replicas })
 	eventually(t, "the roll-out to end", func() bool {
 		s := r.status()
 		return s.Mode == "Relayed" && s.Relays.Updated == s.Relays.Desired && s.Relays.Ready == s.Relays.Desired && s.Relays.Draining == 0
 	})
-	r.balanced()
+	kubectl(t, "-n", namespace, "wait", "--for=condition=UpToDate", "guildshard/shard-a", "--timeout=2m")
+	eventually(t, "the pods of the former image to be gone", func() bool {
+		images := kubectl(t, "-n", namespace, "get", "pods", "-l", "guildhall.dev/shard!=shard-b", "-o", "jsonpath={.items[*].spec.containers[0].image}")
+		return !slices.ContainsFunc(strings.Fields(images), func(image string) bool { return image != next })
+	})
+	o.balanced(r)
 	v := many.end()
 	if v.Reidentified != 0 {
 		t.Errorf("of the many, %d sessions identified anew", v.Reidentified)
@@ -245,6 +320,7 @@ func TestCrowd(t *testing.T) {
 	if limit := uint64(6 * *crowd); v.Resumed > limit {
 		t.Errorf("%d sessions have resumed %d times, expected at most %d", *crowd, v.Resumed, limit)
 	}
+	o.fine(many.Asked())
 	many.Close()
 	r.is(0)
 	if v := few.end(); v.Reidentified != 0 {

@@ -70,11 +70,11 @@ func (c *Cluster) Deploy(ctx context.Context) error {
 	deployed := c.Kubectl(ctx, "-n", "guildhall-system", "get", "deployment/guildhall-controller-manager")
 	deployed.Stdout, deployed.Stderr = io.Discard, io.Discard
 	again := deployed.Run() == nil
-	for _, target := range []string{"cluster-load", "deploy"} {
-		build := c.Command(ctx, "make", "--no-print-directory", target, "IMG="+image, "KUBECTL="+c.KubectlPath)
-		if err := build.Run(); err != nil {
-			return fmt.Errorf("make %s: %w", target, err)
-		}
+	if err := c.Load(ctx, image); err != nil {
+		return err
+	}
+	if err := c.make(ctx, "deploy", image); err != nil {
+		return err
 	}
 	if again { // the image has the name of the one before
 		if err := c.Kubectl(ctx, "-n", "guildhall-system", "rollout", "restart", "deployment/guildhall-controller-manager").Run(); err != nil {
@@ -82,6 +82,19 @@ func (c *Cluster) Deploy(ctx context.Context) error {
 		}
 	}
 	return c.WaitForOperator(ctx)
+}
+
+// Load builds the image and brings it into the cluster under that name.
+func (c *Cluster) Load(ctx context.Context, image string) error {
+	return c.make(ctx, "cluster-load", image)
+}
+
+func (c *Cluster) make(ctx context.Context, target, image string) error {
+	build := c.Command(ctx, "make", "--no-print-directory", target, "IMG="+image, "KUBECTL="+c.KubectlPath)
+	if err := build.Run(); err != nil {
+		return fmt.Errorf("make %s: %w", target, err)
+	}
+	return nil
 }
 
 // WaitForOperator waits until the operator is rolled out.

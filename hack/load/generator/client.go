@@ -75,6 +75,7 @@ type client struct {
 	interval time.Duration   // of heartbeats; 0 before HELLO
 	beat     time.Time       // of the next heartbeat
 	acked    bool            // the last heartbeat was acknowledged
+	asked    []time.Time     // when the client was asked to reconnect
 }
 
 // run keeps the client connected until ctx ends or nothing helps.
@@ -268,6 +269,9 @@ func (c *client) control(ctx context.Context, conn *websocket.Conn, f frame.Fram
 		c.acked = true
 		c.mu.Unlock()
 	case opReconnect:
+		c.mu.Lock()
+		c.asked = append(c.asked, time.Now())
+		c.mu.Unlock()
 		_ = conn.WriteControl(websocket.CloseMessage, websocket.FormatCloseMessage(4200, ""), time.Now().Add(writeTimeout))
 		return errors.New("asked to reconnect")
 	case opInvalidSession:

@@ -290,6 +290,17 @@ func (r *Run) Live() int { return int(r.swarm.live.Load()) }
 // Resumed is how often sessions were resumed.
 func (r *Run) Resumed() uint64 { return r.swarm.resumed.Load() }
 
+// Asked is when each session was asked to reconnect.
+func (r *Run) Asked() [][]time.Time {
+	asked := make([][]time.Time, len(r.swarm.clients))
+	for i, c := range r.swarm.clients {
+		c.mu.Lock()
+		asked[i] = slices.Clone(c.asked)
+		c.mu.Unlock()
+	}
+	return asked
+}
+
 // Acknowledged is how many events were.
 func (r *Run) Acknowledged() int { return r.auditor.Acknowledged() }
 

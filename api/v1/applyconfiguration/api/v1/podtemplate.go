@@ -13,7 +13,8 @@ import (
 type PodTemplateApplyConfiguration struct {
 	// metadata is added to the pod.
 	Metadata *PodMetadataApplyConfiguration `json:"metadata,omitempty"`
-	// resources of the shard server's container.
+	// resources of the shard server's container. Without a request or limit of its own the container requests 100m of CPU and
+	// 128Mi of memory.
 	Resources *corev1.ResourceRequirements `json:"resources,omitempty"`
 	// nodeSelector limits the nodes.
 	NodeSelector map[string]string `json:"nodeSelector,omitempty"`
