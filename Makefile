@@ -140,10 +140,10 @@ torture-cluster: ## The same on the local cluster, with 1,000 sessions (KILLS, D
 
 # How many sessions the guild of torture-relays grows to, how many a relay holds, the events per second, and how often
 # the operator is killed while it moves sessions.
-GROWTH ?= -crowd 15000 -per-relay 4000 -crowd-rate 5 -operator-kills 20 -patience 10m
+GROWTH ?= -crowd 15000 -per-relay 4000 -crowd-rate 5 -publishers 64 -operator-kills 20 -patience 10m
 
 .PHONY: torture-relays
-torture-relays: ## Have a guild grow over relays on the local cluster, and shrink, while relays, shard and operator are killed (GROWTH).
+torture-relays: ## Have a guild grow over relays on the local cluster, and shrink, while relays, shard and operator are killed and an image is rolled out (GROWTH).
 	go test -count=1 -v -timeout 2h ./hack/e2e -run 'TestRelays|TestCrowd' $(GROWTH)
 
 # The seed of all that is random in simulate.

@@ -168,7 +168,7 @@ func TestRelaysOnABadNetwork(t *testing.T) {
 		run.during(15 * time.Second)
 		heal()
 	})
-	const calm = 10 * time.Second
+	const calm = 5 * time.Second
 	acks(t, namespace, other, "a guild on another shard, calm", func() { run.during(calm) })
 	unnoticed("a killed shard", func() {
 		acks(t, namespace, other, "a guild on another shard, meanwhile", func() {
