@@ -6,7 +6,8 @@
 // A view picks a body of each frame. A frame may turn views, at exactly its number, and may have
 // something else for some owners: both stand in the frame, so that a replay is what was sent live.
 //
-// A session belongs to one worker, which owns all writes to its socket. A worker looks through
+// A session belongs to one worker, which owns all writes to its socket. While a worker does nothing, a goroutine that has
+// something for a session takes its turn. A worker looks through
 // the frames between a position and the head once per view, copies the bytes once for all views
 // that pick the same, and writes them to every session of those views at that position. A
 // socket that would block is parked: a goroutine waits until it is writable again and brings

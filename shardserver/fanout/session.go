@@ -42,8 +42,8 @@ var (
 // Session is a socket, and the cursor on the stream that it follows.
 //
 // Invariants:
-//   - one goroutine at a time writes to the socket: the worker's, or while the session is
-//     parked, the one that waits for the socket;
+//   - one goroutine at a time writes to the socket: the one that has the worker's turn, or while
+//     the session is parked, the one that waits for the socket;
 //   - messages of Send go out whole, in order, between frames of the stream;
 //   - frames of the stream go out whole, in order, each that the view picks once;
 //   - the cursor is at a frame boundary: of a frame that was begun, rest is what is left;
