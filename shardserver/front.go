@@ -98,6 +98,9 @@ func (a *answer) WriteHeader(int) {}
 
 // Hijack implements http.Hijacker. The buffers are the caller's until its request has been served.
 func (a *answer) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	if a.upgraded {
+		return nil, nil, http.ErrHijacked
+	}
 	a.upgraded = true
 	return a.conn, a.rw, nil
 }
