@@ -7,6 +7,8 @@ import (
 	"net"
 	"sync"
 	"syscall"
+
+	"guildhall.dev/guildhall/shardserver/poll"
 )
 
 // places are for the connections that a process may have, one element for each.
@@ -27,7 +29,7 @@ func (p places) dial(ctx context.Context, d *net.Dialer, network, address string
 		<-p
 		return nil, err
 	}
-	return &limitedConn{TCPConn: conn.(*net.TCPConn), places: p}, nil
+	return &limitedConn{tcpConn: conn.(tcpConn), places: p}, nil
 }
 
 // sendBuffer bounds what the kernel keeps for a slow client, in bytes.
@@ -41,12 +43,16 @@ func listenClients(address string, places places) (net.Listener, error) {
 		KeepAlive: -1, // heartbeats and the times of requests tell who is gone
 		Control: func(_, _ string, raw syscall.RawConn) error { // what connections inherit need not be said for each
 			return cmp.Or(raw.Control(func(fd uintptr) {
-				failed = cmp.Or(syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, sendBuffer), deferAccept(fd))
+				failed = cmp.Or(syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_SNDBUF, sendBuffer),
+					syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1), deferAccept(fd))
 			}), failed)
 		},
 	}
 	ln, err := config.Listen(context.Background(), "tcp", address)
 	if err != nil {
+		return nil, err
+	}
+	if ln, err = poll.Listen(ln.(*net.TCPListener)); err != nil {
 		return nil, err
 	}
 	return limitListener(ln, places), nil
@@ -77,7 +83,7 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		<-l.places
 		return nil, err
 	}
-	return &limitedConn{TCPConn: conn.(*net.TCPConn), places: l.places}, nil
+	return &limitedConn{tcpConn: conn.(tcpConn), places: l.places}, nil
 }
 
 func (l *limitedListener) Close() error {
@@ -85,13 +91,23 @@ func (l *limitedListener) Close() error {
 	return l.Listener.Close()
 }
 
+// tcpConn is a TCP connection, as sessions need it: to write without waiting, and to end what is written.
+type tcpConn interface {
+	net.Conn
+	syscall.Conn
+	CloseWrite() error
+}
+
 type limitedConn struct {
-	*net.TCPConn
-	once   sync.Once
+	tcpConn
 	places places
 }
 
+// Close implements net.Conn. A connection is closed once, and gives back its place then.
 func (c *limitedConn) Close() error {
-	defer c.once.Do(func() { <-c.places })
-	return c.TCPConn.Close()
+	err := c.tcpConn.Close()
+	if !errors.Is(err, net.ErrClosed) {
+		<-c.places
+	}
+	return err
 }

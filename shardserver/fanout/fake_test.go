@@ -2,12 +2,10 @@ package fanout
 
 import (
 	"net"
-	"os"
 	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
-	"time"
 
 	"go.uber.org/goleak"
 )
@@ -43,7 +41,6 @@ type fakeConn struct {
 	allowed int
 	got     []byte
 	closed  bool
-	late    bool
 	hungUp  bool   // nothing may be written any more
 	onWrite func() // called before bytes are taken
 	onClose func()
@@ -83,11 +80,8 @@ func (r fakeRaw) Write(f func(uintptr) bool) error {
 func (c *fakeConn) state() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case c.closed:
+	if c.closed {
 		return net.ErrClosed
-	case c.late:
-		return os.ErrDeadlineExceeded
 	}
 	return nil
 }
@@ -96,7 +90,7 @@ func (c *fakeConn) state() error {
 func (c *fakeConn) wait() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for c.allowed == 0 && !c.closed && !c.late {
+	for c.allowed == 0 && !c.closed {
 		c.changed.Wait()
 	}
 }
@@ -140,11 +134,6 @@ func (c *fakeConn) Close() error {
 
 func (c *fakeConn) CloseWrite() error {
 	c.change(func() { c.hungUp = true })
-	return nil
-}
-
-func (c *fakeConn) SetWriteDeadline(t time.Time) error {
-	time.AfterFunc(time.Until(t), func() { c.change(func() { c.late = true }) })
 	return nil
 }
 

@@ -17,7 +17,7 @@ const (
 	// maxUrgent bounds the bytes of Send that wait for the socket.
 	maxUrgent = 4 << 20
 	// closeTimeout is how long a session has to take its last messages, and its peer to close.
-	closeTimeout = 2 * time.Second
+	closeTimeout = 3 * time.Second
 	// lingerTime is how long a peer has to close that is told that it may.
 	lingerTime = time.Second
 	// idleNoop is the share of what can be replayed after which a session that got nothing is sent a no-op.
@@ -235,9 +235,8 @@ func (s *Session) close(wire []byte, hangUp bool) {
 	s.urgent = append(s.urgent, wire)
 	s.waiting.Store(true)
 	s.mu.Unlock()
-	s.socket.conn.SetWriteDeadline(time.Now().Add(closeTimeout))
 	s.worker.schedule(s)
-	time.AfterFunc(closeTimeout+time.Second, func() { s.End(nil) })
+	time.AfterFunc(closeTimeout, func() { s.End(nil) })
 }
 
 // End closes the socket without another word. The first cause counts.

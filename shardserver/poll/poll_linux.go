@@ -187,7 +187,7 @@ func readNow(conn net.Conn, p []byte) (n int, err error) {
 	case errno == syscall.EAGAIN:
 		return 0, ErrNothing
 	case errno != nil:
-		return 0, &net.OpError{Op: "read", Net: "tcp", Source: conn.LocalAddr(), Addr: conn.RemoteAddr(), Err: os.NewSyscallError("read", errno)}
+		return 0, &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", errno)}
 	case n == 0:
 		return 0, io.EOF
 	}
