@@ -73,6 +73,12 @@ type Conn struct {
 // SyscallConn implements syscall.Conn. The functions given to its Control, and to Read the first time, must not wait.
 func (c *Conn) SyscallConn() (syscall.RawConn, error) { return (*raw)(c), nil }
 
+func (c *Conn) hasFile() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.file != nil
+}
+
 // waiting returns the file, by which a goroutine can wait.
 func (c *Conn) waiting() (*os.File, error) {
 	c.mu.Lock()
@@ -167,6 +173,9 @@ func (c *Conn) SetWriteDeadline(t time.Time) error {
 }
 
 func (c *Conn) setDeadline(set func(*os.File, time.Time) error, t time.Time) error {
+	if t.IsZero() && !c.hasFile() {
+		return nil // there is none to take back
+	}
 	file, err := c.waiting()
 	if err == nil {
 		err = set(file, t)
