@@ -15,8 +15,8 @@ const (
 	maxCached = 4 << 20
 	// maxIndex bounds the entries that an index keeps room for.
 	maxIndex = 1024
-	// cacheTime is how long a worker that has nothing to do keeps what it has built: sessions that
-	// resume one after another want the same.
+	// cacheTime is how long a worker keeps what it has built and nobody uses: sessions that resume one after another
+	// want the same.
 	cacheTime = 200 * time.Millisecond
 )
 

@@ -104,7 +104,9 @@ type worker struct {
 	rounds  []*follower
 	stopped bool // nothing runs or is written any more
 
-	scratch scratch // owned by who has the turn
+	// Owned by who has the turn.
+	scratch scratch
+	tidying bool // tidy will be called
 
 	deliveries, writes, bytes, overruns atomic.Uint64
 	parked, catchingUp                  atomic.Int64
@@ -149,16 +151,37 @@ func (w *worker) take() (ok bool) {
 	return true
 }
 
-// begin begins a turn, which serves a stream or none.
+// begin begins a turn that has been taken, and serves a stream or none.
 func (w *worker) begin(stream *Stream) {
 	w.clock.Store(w.core.now().UnixMilli())
 	w.scratch.cache.begin(stream)
 }
 
+// end ends the turn.
+func (w *worker) end() {
+	if w.scratch.cache.used && !w.tidying {
+		w.tidying = true
+		time.AfterFunc(cacheTime, w.tidy)
+	}
+	w.turn.unlock()
+}
+
+// tidy throws away what the worker has built, unless that has been used since the last time.
+func (w *worker) tidy() {
+	w.turn.lock()
+	defer w.turn.unlock()
+	if w.tidying = w.scratch.cache.used; w.tidying {
+		w.scratch.cache.used = false
+		time.AfterFunc(cacheTime, w.tidy)
+		return
+	}
+	w.scratch = scratch{cache: newCache()} // with all the room that a burst has taken
+}
+
 // post has f run in a turn of the worker, in the order of the calls, unless the worker has ended.
 func (w *worker) post(f func()) (ok bool) {
 	if w.take() {
-		defer w.turn.unlock()
+		defer w.end()
 		f()
 		return true
 	}
@@ -176,7 +199,7 @@ func (w *worker) post(f func()) (ok bool) {
 // stop ends the worker, once what was posted has run.
 func (w *worker) stop() {
 	w.turn.lock()
-	defer w.turn.unlock()
+	defer w.end()
 	w.mu.Lock()
 	w.stopped = true
 	posted := w.posted
@@ -202,7 +225,7 @@ func (f *follower) wake() {
 // schedule has the session flushed, now or soon.
 func (w *worker) schedule(s *Session) {
 	if w.take() {
-		defer w.turn.unlock()
+		defer w.end()
 		w.flush(s)
 		return
 	}
@@ -218,8 +241,6 @@ func (w *worker) schedule(s *Session) {
 func (w *worker) run() {
 	var posted []func()
 	var ready []*Session
-	idle := time.NewTimer(cacheTime)
-	defer idle.Stop()
 	for {
 		clear(posted)
 		clear(ready)
@@ -250,37 +271,15 @@ func (w *worker) run() {
 		if round != nil {
 			w.serve(round)
 		}
-		used := w.scratch.cache.used
-		w.scratch.cache.used = false
-		w.turn.unlock()
-		if used {
-			idle.Reset(cacheTime)
+		w.end()
+		if round != nil || len(posted) > 0 || len(ready) > 0 {
+			continue
 		}
-		if round == nil && len(posted) == 0 && len(ready) == 0 && !w.rest(idle) {
-			w.stop()
-			return
-		}
-	}
-}
-
-// rest waits until there is something to do. It is not ok when there never will be again.
-func (w *worker) rest(idle *time.Timer) (ok bool) {
-	for {
 		select {
 		case <-w.signal:
-			return true
 		case <-w.core.stopped:
-			return false
-		case <-idle.C:
-			w.turn.lock()
-			used := w.scratch.cache.used
-			if !used {
-				w.scratch = scratch{cache: newCache()} // with all the room that a burst has taken
-			}
-			w.turn.unlock()
-			if used { // by others
-				idle.Reset(cacheTime)
-			}
+			w.stop()
+			return
 		}
 	}
 }
