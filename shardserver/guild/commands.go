@@ -313,6 +313,7 @@ type NewMessage struct {
 	Attachments  []json.RawMessage `json:"attachments"`
 	StickerIDs   []string          `json:"sticker_ids"`
 	Poll         json.RawMessage   `json:"poll"`
+	Allowed      *AllowedMentions  `json:"allowed_mentions"`
 }
 
 // message is a message object. GuildID and Member are in the dispatch alone.
@@ -326,7 +327,7 @@ type message struct {
 	Edited          *string           `json:"edited_timestamp"`
 	TTS             bool              `json:"tts"`
 	MentionEveryone bool              `json:"mention_everyone"`
-	Mentions        []struct{}        `json:"mentions"`
+	Mentions        []json.RawMessage `json:"mentions"`
 	MentionRoles    []struct{}        `json:"mention_roles"`
 	Attachments     []struct{}        `json:"attachments"`
 	Embeds          []json.RawMessage `json:"embeds"`
@@ -372,7 +373,7 @@ func (g *Guild) SendMessage(ctx context.Context, channel snowflake.ID, author Us
 		now := g.now()
 		m := message{
 			ID: g.ids.Next(), Type: messageDefault, ChannelID: channel, Author: author, Content: n.Content, Timestamp: timestamp(now),
-			TTS: n.TTS, Mentions: []struct{}{}, MentionRoles: []struct{}{}, Attachments: []struct{}{},
+			TTS: n.TTS, Mentions: t.state.mentions(mentioned(n.Content, n.Allowed)), MentionRoles: []struct{}{}, Attachments: []struct{}{},
 			Embeds: orEmpty(n.Embeds), Components: orEmpty(n.Components), Flags: n.Flags & messageFlags, Nonce: nonce,
 		}
 		if n.Reference != nil {
@@ -429,7 +430,7 @@ func (n *NewMessage) check(trusted bool) error {
 			}
 		}
 	}
-	return nil
+	return n.Allowed.check()
 }
 
 func orEmpty(list []json.RawMessage) []json.RawMessage {

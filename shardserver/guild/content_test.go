@@ -2,12 +2,15 @@ package guild
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 
 	"guildhall.dev/guildhall/shardserver/fanout"
 	"guildhall.dev/guildhall/shardserver/guildlog"
@@ -109,21 +112,66 @@ func TestWhoReadsContent(t *testing.T) {
 func TestSentMessagesAreReadByTheirAuthor(t *testing.T) {
 	var core *fanout.Core
 	g := open(t, nil, func(c *Config) { core, c.Open = c.Core, true })
-	author, other := newHearer(t, core, 1).app(allButContent), newHearer(t, core, 2).app(allButContent)
-	for _, h := range []*hearer{author, other} {
+	author, mentioned, other := newHearer(t, core, 1).app(allButContent), newHearer(t, core, 2).app(allButContent), newHearer(t, core, 3).app(allButContent)
+	hearers := []*hearer{author, mentioned, other}
+	for _, h := range hearers {
 		if err := g.Identify(t.Context(), h.client, func(Snapshot) {}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := g.SendMessage(t.Context(), testID+1, author.client.User, false, NewMessage{Content: "hi"}); err != nil {
+	content := "hi <@" + userID(2).String() + ">"
+	if _, err := g.SendMessage(t.Context(), testID+1, author.client.User, false, NewMessage{Content: content}); err != nil {
 		t.Fatal(err)
 	}
-	author.next() // the other one joins
-	if d := author.next(); !strings.Contains(string(d.Data), `"content":"hi"`) {
-		t.Errorf("%s", d.Data)
+	for _, h := range hearers {
+		d := h.next()
+		for d.Type == "GUILD_MEMBER_ADD" { // of those that identified later
+			d = h.next()
+		}
+		var m struct {
+			Content  string
+			Mentions []User
+		}
+		if err := json.Unmarshal(d.Data, &m); err != nil {
+			t.Fatal(err)
+		}
+		want := content
+		if h == other {
+			want = ""
+		}
+		if m.Content != want {
+			t.Errorf("user %d reads %q, want %q", h.client.Random, m.Content, want)
+		}
+		if diff := cmp.Diff([]User{mentioned.client.User}, m.Mentions); diff != "" {
+			t.Errorf("user %d: mentions (-want +got):\n%s", h.client.Random, diff)
+		}
 	}
-	if d := other.next(); !strings.Contains(string(d.Data), `"content":""`) {
-		t.Errorf("%s", d.Data)
+}
+
+func TestMentions(t *testing.T) {
+	const a, b = "<@200000000000000001>", "<@!200000000000000002>"
+	one, two := userID(1), userID(2)
+	for name, test := range map[string]struct {
+		content string
+		allowed *AllowedMentions
+		want    []snowflake.ID
+	}{
+		"nobody is mentioned":                          {content: "hi @everyone, at 5 < 6 > 4 <@> <@1> <#200000000000000001> <@&200000000000000001>"},
+		"users are, in both ways of writing it":        {content: "hi " + a + b, want: []snowflake.ID{one, two}},
+		"each once, in order":                          {content: b + a + b, want: []snowflake.ID{two, one}},
+		"in code nobody is":                            {content: "`" + a + "` ```\n" + a + "\n``` " + b, want: []snowflake.ID{two}},
+		"a single backquote is none":                   {content: "it`s " + a, want: []snowflake.ID{one}},
+		"an id that is too long is of nobody":          {content: "<@99999999999999999999>"},
+		"the sender allows none":                       {content: a, allowed: &AllowedMentions{}},
+		"the sender allows roles":                      {content: a, allowed: &AllowedMentions{Parse: []string{"roles"}}},
+		"the sender allows users":                      {content: a + b, allowed: &AllowedMentions{Parse: []string{"everyone", "users"}}, want: []snowflake.ID{one, two}},
+		"the sender allows one, and one not mentioned": {content: a + b, allowed: &AllowedMentions{Users: []snowflake.ID{two, 5}}, want: []snowflake.ID{two}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if diff := cmp.Diff(test.want, mentioned(test.content, test.allowed)); diff != "" {
+				t.Errorf("mentions (-want +got):\n%s", diff)
+			}
+		})
 	}
 }
 

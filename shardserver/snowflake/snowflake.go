@@ -4,7 +4,9 @@
 package snowflake
 
 import (
+	"encoding/json"
 	"fmt"
+	"reflect"
 	"strconv"
 	"sync"
 	"time"
@@ -37,10 +39,12 @@ func (id ID) String() string { return strconv.FormatUint(uint64(id), 10) }
 // MarshalText makes the id a string in JSON, also as the key of a map.
 func (id ID) MarshalText() ([]byte, error) { return strconv.AppendUint(nil, uint64(id), 10), nil }
 
-// UnmarshalText is Parse.
+// UnmarshalText is Parse, but for the error, which is the one to which encoding/json adds the field.
 func (id *ID) UnmarshalText(text []byte) (err error) {
-	*id, err = Parse(string(text))
-	return err
+	if *id, err = Parse(string(text)); err != nil {
+		return &json.UnmarshalTypeError{Value: "string that is none", Type: reflect.TypeFor[ID]()}
+	}
+	return nil
 }
 
 // Time is when the id was made, to the millisecond.
