@@ -494,6 +494,47 @@ func TestRelay(t *testing.T) {
 	}
 }
 
+// TestClientsSockets: what every connection of a client has the listener says once.
+func TestClientsSockets(t *testing.T) {
+	ln, err := listenClients("127.0.0.1:0", make(places, 1))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	client, err := net.Dial("tcp", ln.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	io.WriteString(client, "first bytes")
+	conn, err := ln.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	raw, err := conn.(syscall.Conn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, option := range []struct {
+		name                  string
+		level, option, lo, hi int
+	}{
+		{"TCP_NODELAY", syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1, 1},
+		{"SO_KEEPALIVE", syscall.SOL_SOCKET, syscall.SO_KEEPALIVE, 0, 0},
+		{"SO_SNDBUF", syscall.SOL_SOCKET, syscall.SO_SNDBUF, sendBuffer, 2 * sendBuffer}, // Linux counts its own part, too
+	} {
+		var value int
+		var failed error
+		if err := raw.Control(func(fd uintptr) { value, failed = syscall.GetsockoptInt(int(fd), option.level, option.option) }); err != nil || failed != nil {
+			t.Fatal(err, failed)
+		}
+		if value < option.lo || value > option.hi {
+			t.Errorf("%s is %d, want %d to %d", option.name, value, option.lo, option.hi)
+		}
+	}
+}
+
 func TestLimitedListener(t *testing.T) {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
