@@ -320,10 +320,14 @@ const leaveTime = 5 * time.Second
 // askedTwice is how many sessions were asked to reconnect twice in the same round.
 func askedTwice(rounds map[int64]span, asked [][]time.Time) (sessions int) {
 	for _, times := range asked {
-		for _, round := range rounds {
+		for number, round := range rounds {
+			end := round.to.Add(leaveTime)
+			if next, ok := rounds[number+1]; ok && next.from.Before(end) {
+				end = next.from
+			}
 			n := 0
 			for _, at := range times {
-				if !at.Before(round.from) && at.Before(round.to.Add(leaveTime)) {
+				if !at.Before(round.from) && at.Before(end) {
 					n++
 				}
 			}

@@ -159,7 +159,7 @@ func TestMentions(t *testing.T) {
 		"nobody is mentioned":                          {content: "hi @everyone, at 5 < 6 > 4 <@> <@1> <#200000000000000001> <@&200000000000000001>"},
 		"users are, in both ways of writing it":        {content: "hi " + a + b, want: []snowflake.ID{one, two}},
 		"each once, in order":                          {content: b + a + b, want: []snowflake.ID{two, one}},
-		"in code nobody is":                            {content: "`" + a + "` ```\n" + a + "\n``` " + b, want: []snowflake.ID{two}},
+		"in code nobody is":                            {content: "`" + a + "` ``" + a + "`` ```\n" + a + "\n``` " + b, want: []snowflake.ID{two}},
 		"a single backquote is none":                   {content: "it`s " + a, want: []snowflake.ID{one}},
 		"an id that is too long is of nobody":          {content: "<@99999999999999999999>"},
 		"the sender allows none":                       {content: a, allowed: &AllowedMentions{}},

@@ -38,7 +38,7 @@ func (a *AllowedMentions) allows(user snowflake.ID) bool {
 
 // mention finds the mentions of users; what stands in code, which mentions nobody, it finds without a user.
 // Source: https://docs.discord.com/developers/reference#message-formatting.
-var mention = regexp.MustCompile("(?s)```.*?```|`[^`\n]*`|<@!?([0-9]{1,20})>")
+var mention = regexp.MustCompile("(?s)```.*?```|``.*?``|`[^`]*`|<@!?([0-9]{1,20})>")
 
 // mentioned are the users that content mentions, in order, each once.
 func mentioned(content string, allowed *AllowedMentions) (users []snowflake.ID) {

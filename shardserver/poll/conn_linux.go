@@ -56,8 +56,8 @@ func (l *listener) Accept() (net.Conn, error) {
 	return &Conn{fd: int32(fd)}, nil
 }
 
-// Conn is a TCP connection of Listen's. Reads, writes and deadlines are those of any net.Conn; the first that
-// has to wait has Go's runtime watch the socket from then on.
+// Conn is a TCP connection of Listen's. Reads, writes and deadlines are those of any net.Conn; the first deadline, Write, or Read that
+// has to wait has Go's runtime watch the socket from then on. Once the peer has reset the connection, nobody knows its address any more.
 //
 // Invariants:
 //   - who uses the descriptor holds mu, and does not wait meanwhile, or uses file, which counts its users:
@@ -73,7 +73,8 @@ type Conn struct {
 // SyscallConn implements syscall.Conn. The functions given to its Control, and to Read the first time, must not wait.
 func (c *Conn) SyscallConn() (syscall.RawConn, error) { return (*raw)(c), nil }
 
-func (c *Conn) hasFile() bool {
+// watched says whether there is a file, and with it there may be a deadline.
+func (c *Conn) watched() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.file != nil
@@ -94,14 +95,16 @@ func (c *Conn) waiting() (*os.File, error) {
 
 // Read implements net.Conn.
 func (c *Conn) Read(p []byte) (int, error) {
-	n, err := readNow(c, p)
-	if !errors.Is(err, ErrNothing) {
-		return n, err
+	if !c.watched() {
+		if n, err := readNow(c, p); !errors.Is(err, ErrNothing) {
+			return n, err
+		}
 	}
 	file, err := c.waiting()
-	if err == nil {
-		n, err = file.Read(p)
+	if err != nil {
+		return 0, opError("read", err)
 	}
+	n, err := file.Read(p)
 	return n, opError("read", err)
 }
 
@@ -173,14 +176,24 @@ func (c *Conn) SetWriteDeadline(t time.Time) error {
 }
 
 func (c *Conn) setDeadline(set func(*os.File, time.Time) error, t time.Time) error {
-	if t.IsZero() && !c.hasFile() {
+	if t.IsZero() && !c.watched() {
 		return nil // there is none to take back
 	}
 	file, err := c.waiting()
 	if err == nil {
-		err = set(file, t)
+		err = c.orClosed(set(file, t))
 	}
 	return opError("set", err)
+}
+
+// orClosed is an error of a file's, which may just have been closed.
+func (c *Conn) orClosed(err error) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if err != nil && c.closed {
+		return net.ErrClosed
+	}
+	return err
 }
 
 // raw is a Conn's syscall.RawConn.
@@ -197,9 +210,11 @@ func (r *raw) Control(f func(fd uintptr)) error {
 }
 
 func (r *raw) Read(f func(fd uintptr) (done bool)) error {
-	done := false
-	if err := r.Control(func(fd uintptr) { done = f(fd) }); err != nil || done {
-		return err
+	if !(*Conn)(r).watched() {
+		done := false
+		if err := r.Control(func(fd uintptr) { done = f(fd) }); err != nil || done {
+			return err
+		}
 	}
 	return r.wait(f, syscall.RawConn.Read)
 }
@@ -218,13 +233,7 @@ func (r *raw) wait(f func(fd uintptr) (done bool), until func(syscall.RawConn, f
 	if err != nil {
 		return err
 	}
-	err = until(waiting, f)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if err != nil && r.closed {
-		return net.ErrClosed
-	}
-	return err
+	return (*Conn)(r).orClosed(until(waiting, f))
 }
 
 // opError is an error of a file as the net package has it.

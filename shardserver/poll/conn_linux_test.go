@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"syscall"
 	"testing"
@@ -107,14 +108,14 @@ func TestRuntimeWatchesOnlyWhatWaits(t *testing.T) {
 	if n, err := c.Read(p); err != nil || string(p[:n]) != "hello" {
 		t.Fatalf("%q, %v", p[:n], err)
 	}
-	if c.hasFile() {
+	if c.watched() {
 		t.Error("watched before anybody waits")
 	}
 	time.AfterFunc(10*time.Millisecond, func() { io.WriteString(client, "again") })
 	if n, err := c.Read(p); err != nil || string(p[:n]) != "again" {
 		t.Fatalf("%q, %v", p[:n], err)
 	}
-	if !c.hasFile() {
+	if !c.watched() {
 		t.Error("somebody has waited without being watched for")
 	}
 	if err := c.CloseWrite(); err != nil {
@@ -167,6 +168,35 @@ func TestDescriptorsAreNotMistaken(t *testing.T) {
 		for _, conn := range []net.Conn{client, next, nextClient} {
 			conn.Close()
 		}
+	}
+}
+
+// TestDeadlinesHoldThoughThereIsSomethingToRead: a peer that never pauses does not outlive its deadline.
+func TestDeadlinesHoldThoughThereIsSomethingToRead(t *testing.T) {
+	server, client, err := accept(listen(t, "tcp", "127.0.0.1:0"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	defer server.Close()
+	io.WriteString(client, "more")
+	ready := make([]byte, 1)
+	if _, err := server.Read(ready); err != nil { // so that the rest is there
+		t.Fatal(err)
+	}
+	if err := server.SetReadDeadline(time.Now().Add(-time.Second)); err != nil {
+		t.Fatal(err)
+	}
+	for _, wait := range []bool{false, true} {
+		if _, err := Read(server, ready, wait); !errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("wait %v: %v, want %v", wait, err, os.ErrDeadlineExceeded)
+		}
+	}
+	if err := server.SetReadDeadline(time.Time{}); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := server.Read(make([]byte, 8)); n != 3 || err != nil {
+		t.Errorf("%d bytes, %v, want 3", n, err)
 	}
 }
 

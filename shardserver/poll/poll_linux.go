@@ -188,7 +188,7 @@ func readNow(conn net.Conn, p []byte) (n int, err error) {
 		return 0, ErrNothing
 	case errno != nil:
 		return 0, &net.OpError{Op: "read", Net: "tcp", Err: os.NewSyscallError("read", errno)}
-	case n == 0:
+	case n == 0 && len(p) > 0:
 		return 0, io.EOF
 	}
 	return n, nil
