@@ -46,9 +46,10 @@ func TestNodeIsLost(t *testing.T) {
 	eventually(t, "3 relays on "+left, func() bool { return readyRelays(t, namespace, left) == 3 })
 	t.Logf("3 relays on %s %v after the loss of %s", left, time.Since(began).Round(time.Second), lost)
 	// Those that were lost are Terminating and stay so, until somebody who knows removes the node.
-	if s := r.status(); s.Mode != "Relayed" || s.Relays.Desired != 3 || s.Relays.Ready != 3 {
-		t.Errorf("the status says %+v", s)
-	}
+	eventually(t, "a status that says so", func() bool {
+		s := r.status()
+		return s.Mode == "Relayed" && s.Relays.Desired == 3 && s.Relays.Ready == 3
+	})
 	resumed := run.end()
 	if resumed.Reidentified != 0 {
 		t.Errorf("%d sessions identified anew", resumed.Reidentified)
