@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"reflect"
 	"regexp"
 	"strings"
 	"unicode/utf8"
@@ -153,7 +152,7 @@ func prefixField(prefix string, err error) error {
 	switch {
 	case errors.As(err, &invalid):
 		return fieldError(prefix+invalid.Field, invalid.Expected)
-	case errors.As(err, &wrong) && wrong.Field != "" && (wrong.Type == reflect.TypeFor[snowflake.ID]() || wrong.Type == reflect.TypeFor[*snowflake.ID]()):
+	case errors.As(err, &wrong) && wrong.Field != "" && snowflake.Is(wrong.Type):
 		return fieldError(prefix+wrong.Field, "expected a snowflake, 17 to 19 digits in a string, got a "+wrong.Value)
 	case errors.As(err, &wrong) && wrong.Field != "":
 		return fieldError(prefix+wrong.Field, "not a "+wrong.Value)

@@ -294,13 +294,13 @@ func decode(r *request, v any) error {
 
 // kindOf is a type as JSON knows it.
 func kindOf(t reflect.Type) string {
+	if snowflake.Is(t) {
+		return "a snowflake, in a string"
+	}
 	switch t.Kind() {
 	case reflect.Bool:
 		return "a boolean"
 	case reflect.Int, reflect.Int64, reflect.Uint64:
-		if t == reflect.TypeFor[snowflake.ID]() {
-			return "a snowflake, in a string"
-		}
 		return "an integer"
 	case reflect.String:
 		return "a string"

@@ -271,7 +271,7 @@ func TestRoutes(t *testing.T) {
 		"a user's embeds":                       {"POST " + messages, member, `{"embeds":[{"title":"x"}]}`, 400, []string{"embeds: expected none"}},
 		"too many embeds":                       {"POST " + messages, robot, `{"embeds":[{},{},{},{},{},{},{},{},{},{},{}]}`, 400, []string{"embeds: expected at most 10"}},
 		"a reply":                               {"POST " + messages, member, `{"content":"x","message_reference":{"message_id":"1100000000000000005","fail_if_not_exists":true}}`, 200, []string{`"type":19`, `"message_id":"1100000000000000005"`, `"channel_id":"` + w.channel}},
-		"a reply to a number":                   {"POST " + messages, member, `{"content":"x","message_reference":{"message_id":5}}`, 400, []string{"message_reference.message_id: expected"}},
+		"a reply to a number":                   {"POST " + messages, member, `{"content":"x","message_reference":{"message_id":5}}`, 400, []string{"message_reference.message_id: expected a snowflake, in a string, got a number"}},
 		"a reply to nothing":                    {"POST " + messages, member, `{"content":"x","message_reference":{}}`, 400, []string{"message_reference: expected"}},
 		"flags that senders may not set":        {"POST " + messages, member, `{"content":"x","flags":-1}`, 200, []string{`"flags":36868`}},
 		"a nonce in words":                      {"POST " + messages, member, `{"content":"x","nonce":"abc"}`, 200, []string{`"nonce":"abc"`}},

@@ -47,6 +47,11 @@ func (id *ID) UnmarshalText(text []byte) (err error) {
 	return nil
 }
 
+// Is says whether values of a type are IDs, or point to one. encoding/json names either in its errors.
+func Is(t reflect.Type) bool {
+	return t == reflect.TypeFor[ID]() || t == reflect.TypeFor[*ID]()
+}
+
 // Time is when the id was made, to the millisecond.
 func (id ID) Time() time.Time { return time.UnixMilli(int64(id>>lowBits) + Epoch) }
 
