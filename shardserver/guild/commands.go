@@ -181,11 +181,7 @@ func (g *Guild) Leave(ctx context.Context, user snowflake.ID) error {
 		if member == nil {
 			return ErrNotFound
 		}
-		var m struct {
-			User json.RawMessage `json:"user"`
-		}
-		mustDecodeRaw(member, &m)
-		t.emit("GUILD_MEMBER_REMOVE", encode(map[string]any{"guild_id": g.id, "user": m.User}), nil)
+		t.emit("GUILD_MEMBER_REMOVE", encode(map[string]any{"guild_id": g.id, "user": userOf(member)}), nil)
 		return nil
 	})
 }
@@ -459,6 +455,15 @@ func nonceString(raw json.RawMessage) (string, error) {
 		return "", fieldError("nonce", "expected at most 25 characters")
 	}
 	return s, nil
+}
+
+// userOf is the user object of a member object.
+func userOf(member json.RawMessage) json.RawMessage {
+	var m struct {
+		User json.RawMessage `json:"user"`
+	}
+	mustDecodeRaw(member, &m)
+	return m.User
 }
 
 // withoutUser is a member object as messages carry it.

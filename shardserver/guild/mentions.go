@@ -56,11 +56,7 @@ func (s *staged) mentions(users []snowflake.ID) []json.RawMessage {
 	objects := []json.RawMessage{}
 	for _, id := range users {
 		if object := s.member(id).object; object != nil {
-			var m struct {
-				User json.RawMessage `json:"user"`
-			}
-			mustDecodeRaw(object, &m)
-			objects = append(objects, m.User)
+			objects = append(objects, userOf(object))
 		}
 	}
 	return objects

@@ -10,9 +10,9 @@ import (
 	"time"
 )
 
-// Listen takes over a listener. Go's runtime does not watch its connections until somebody waits for one: what it
-// keeps for a connection is more than all else that an idle one needs, and it would be woken, too,
-// for each byte that a Poller tells of. What connections inherit, such as TCP_NODELAY, is set on ln.
+// Listen takes over a listener. Go's runtime does not watch its connections until somebody waits for one: that
+// would be a good part of what an idle connection takes, and the runtime would be told, too, of each byte that a Poller tells of.
+// What connections inherit, such as TCP_NODELAY, is set on ln.
 func Listen(ln *net.TCPListener) (net.Listener, error) {
 	file, err := ln.File() // the net package lets nobody else accept
 	if err != nil {
@@ -122,14 +122,13 @@ func (c *Conn) Write(p []byte) (int, error) {
 func (c *Conn) Close() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	switch {
-	case c.closed:
+	if c.closed {
 		return opError("close", net.ErrClosed)
-	case c.file != nil:
-		c.closed = true
-		return opError("close", c.file.Close())
 	}
 	c.closed = true
+	if c.file != nil {
+		return opError("close", c.file.Close())
+	}
 	return opError("close", os.NewSyscallError("close", syscall.Close(int(c.fd))))
 }
 

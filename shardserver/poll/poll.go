@@ -1,6 +1,7 @@
 // Package poll tells when sockets have something to read, so that a connection without traffic
 // needs no goroutine. It works on Linux, with plain sockets; elsewhere, and for connections
-// over TLS, callers read in a goroutine of their own.
+// over TLS, callers read in a goroutine of their own. Connections of Listen are polled by nobody else, until
+// somebody waits for one.
 package poll
 
 import (

@@ -16,11 +16,7 @@ func pair(t *testing.T) (server, client *net.TCPConn) {
 		t.Fatal(err)
 	}
 	defer ln.Close()
-	dialed, err := net.Dial("tcp", ln.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	accepted, err := ln.Accept()
+	accepted, dialed, err := accept(ln)
 	if err != nil {
 		t.Fatal(err)
 	}
